@@ -1,0 +1,27 @@
+"""The demo: a DeepSeek-V3 in small, on the Python standard library's own source, bytes as tokens.
+
+Command:  make demo, or python train.py --config=configs/tiny.py --workdir=runs/demo
+Hardware: two CPU cores
+Result:   TO BE MEASURED
+"""
+
+from mla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+BATCH, SEQUENCE, STEPS = 16, 256, 800
+
+
+def get_config() -> Config:
+  tokens = BATCH * SEQUENCE * STEPS
+  return Config(
+      model=ModelConfig(
+          vocab_size=264, hidden_size=192, num_hidden_layers=4, max_position_embeddings=2048,
+          num_attention_heads=4, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
+          v_head_dim=32, intermediate_size=512, first_k_dense_replace=1, n_routed_experts=8, n_shared_experts=1,
+          num_experts_per_tok=2, moe_intermediate_size=192, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+          num_nextn_predict_layers=1, initializer_range=0.02),
+      training=TrainingConfig(
+          steps=STEPS, batch_size=BATCH, sequence_length=SEQUENCE, log_interval=10, eval_interval=200, eval_batches=8,
+          checkpoint_interval=400, compute_dtype='float32'),
+      optimizer=OptimizerConfig(learning_rate=3e-3, warmup_tokens=tokens // 20, cosine_until_tokens=tokens,
+                                end_learning_rate=3e-4),
+      data=DataConfig(source='stdlib', piece_bytes=2048))

@@ -1,0 +1,154 @@
+"""DeepSeekMoE (arXiv 2401.06066) with the routers of V2-Lite, V2 and V3, and its balancing.
+
+Dispatch drops no token: rows are sorted by expert and multiplied group by group.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from mla_jax.axes import current_mesh, shard, spec
+from mla_jax.config import ModelConfig
+from mla_jax.model.layers import SwiGLU, normal
+from pallas_kernels import grouped_matmul
+
+
+class Balance(NamedTuple):
+  """What balancing needs to know of one layer, summed over the batch it saw."""
+
+  load_E: jax.Array  # float32, tokens that chose each expert
+  loss: jax.Array  # float32, sum over sequences of sum_e f_e P_e, without alpha
+
+
+def scores(x_BTD, router_DE, scoring: str):
+  """Affinities in float32, [B, T, E]."""
+  logits_BTE = jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32),
+                          precision=jax.lax.Precision.HIGHEST)
+  return jax.nn.sigmoid(logits_BTE) if scoring == 'sigmoid' else jax.nn.softmax(logits_BTE, axis=-1)
+
+
+def choose(scores_BTE, bias_E, config: ModelConfig):
+  """The experts of each token, int32 [B, T, X]. The bias selects; it never weighs (V3 report, eq. 16)."""
+  if config.topk_method == 'noaux_tc':
+    scores_BTE = scores_BTE + bias_E
+  if config.topk_method != 'greedy' and config.n_group > 1:
+    grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], config.n_group, -1)
+    if config.topk_method == 'noaux_tc':
+      group_score = jax.lax.top_k(grouped, 2)[0].sum(-1)
+    else:
+      group_score = grouped.max(-1)
+    kept = jax.nn.one_hot(jax.lax.top_k(group_score, config.topk_group)[1], config.n_group, dtype=bool).any(-2)
+    # -inf and not 0: a bias can make every score of a kept group negative.
+    scores_BTE = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores_BTE.shape)
+  return jax.lax.top_k(scores_BTE, config.num_experts_per_tok)[1]
+
+
+def weigh(scores_BTE, experts_BTX, config: ModelConfig):
+  weights_BTX = jnp.take_along_axis(scores_BTE, experts_BTX, axis=-1)
+  if config.norm_topk_prob:
+    weights_BTX = weights_BTX / (weights_BTX.sum(-1, keepdims=True) + 1e-20)
+  return weights_BTX * config.routed_scaling_factor
+
+
+def balance(scores_BTE, experts_BTX, valid_BT, config: ModelConfig) -> Balance:
+  """Loads for the selection bias, and the sequence-wise balance loss sum_e f_e P_e with f_e = E / (X T) * count.
+
+  V3 (sigmoid, eq. 17-20) counts the best X of the unbiased scores and normalises them to sum 1; V2 (softmax, eq. 23-25)
+  counts the experts that were chosen."""
+  valid_BT = valid_BT.astype(jnp.float32)
+
+  def counts_BE(ids_BTX):
+    hit_BTE = (ids_BTX[..., None] == jnp.arange(config.n_routed_experts)).any(-2)
+    return jnp.einsum('BTE,BT->BE', hit_BTE.astype(jnp.float32), valid_BT)
+
+  chosen_BE = counts_BE(experts_BTX)
+  if not config.aux_loss_alpha:
+    return Balance(chosen_BE.sum(0), jnp.zeros((), jnp.float32))
+  probability_BTE = scores_BTE
+  counted_BE = chosen_BE
+  if config.scoring_func == 'sigmoid':
+    probability_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)
+    if config.topk_method == 'noaux_tc':
+      counted_BE = counts_BE(jax.lax.top_k(scores_BTE, config.num_experts_per_tok)[1])
+  length_B1 = jnp.maximum(valid_BT.sum(-1, keepdims=True), 1)
+  f_BE = counted_BE * (config.n_routed_experts / config.num_experts_per_tok) / length_B1
+  p_BE = jnp.einsum('BTE,BT->BE', probability_BTE, valid_BT) / length_B1
+  return Balance(chosen_BE.sum(0), jnp.einsum('BE,BE->', f_BE, p_BE))
+
+
+def rebalance(bias_LE, load_LE, speed):
+  """bias += speed * sign(mean load - load), loads counted over the whole global batch (V3 report, section 2.1.2)."""
+  return bias_LE + speed * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+
+
+def experts(x_MD, ids_MX, weights_MX, wi_ED2F, wo_EFD, first):
+  """The weighted sum of the chosen experts among `first` .. first + E - 1; others contribute nothing."""
+  count, width = wi_ED2F.shape[:2]
+  chosen = ids_MX.shape[-1]
+  with jax.named_scope('moe/sort'):
+    local_M = ids_MX.reshape(-1) - first
+    local_M = jnp.where((local_M >= 0) & (local_M < count), local_M, count)  # elsewhere: sorted last, past all groups
+    order_M = jnp.argsort(local_M, stable=True)
+    sizes_E = (local_M[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
+    rows_MD = x_MD[order_M // chosen]
+  with jax.named_scope('moe/experts'):
+    h_M2F = grouped_matmul(rows_MD, wi_ED2F.reshape(count, width, -1), sizes_E)
+    gate_MF, up_MF = jnp.split(h_M2F, 2, axis=-1)
+    y_MD = grouped_matmul(jax.nn.silu(gate_MF) * up_MF, wo_EFD, sizes_E)
+  with jax.named_scope('moe/combine'):
+    y_MXD = y_MD[jnp.argsort(order_M)].reshape(*ids_MX.shape, -1)
+    return (y_MXD.astype(jnp.float32) * weights_MX[..., None]).sum(1).astype(x_MD.dtype)
+
+
+def dispatch(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
+  """`experts` on whatever mesh there is. Over the expert axis, tokens are gathered, each shard computes its own
+  experts, and the sums are scattered back: exact and dropless, with an exchange of every token."""
+  def flat(x):
+    return x.reshape(-1, x.shape[-1])
+
+  mesh = current_mesh()
+  if mesh is None:
+    return experts(flat(x_BTD), flat(ids_BTX), flat(weights_BTX), wi_ED2F, wo_EFD, 0).reshape(x_BTD.shape)
+  batch = spec('B', x_BTD.shape[:1], mesh)
+  split = 'expert' in jax.tree.leaves(tuple(batch))
+
+  def body(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
+    first = jax.lax.axis_index('expert') * wi_ED2F.shape[0]
+    tokens = [x_BTD, ids_BTX, weights_BTX]
+    if split:
+      tokens = [jax.lax.all_gather(t, 'expert', tiled=True) for t in tokens]
+    y_BTD = experts(*map(flat, tokens), wi_ED2F, wo_EFD, first).reshape(tokens[0].shape)
+    if split:
+      return jax.lax.psum_scatter(y_BTD, 'expert', tiled=True)
+    return jax.lax.psum(y_BTD, 'expert')
+
+  weights = PartitionSpec('expert') if mesh.shape['expert'] > 1 else PartitionSpec()
+  return jax.shard_map(body, in_specs=(batch, batch, batch, weights, weights), out_specs=batch,
+                       check_vma=True)(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD)
+
+
+class MixtureOfExperts(nnx.Module):
+
+  def __init__(self, config: ModelConfig, key):
+    self.config = config
+    c, keys = config, jax.random.split(key, 4)
+    std, width, hidden = c.initializer_range, c.hidden_size, c.moe_intermediate_size
+    self.router_DE = normal(keys[0], (width, c.n_routed_experts), 'DE', std)
+    self.wi_ED2F = normal(keys[1], (c.n_routed_experts, width, 2, hidden), 'ED2F', std)
+    self.wo_EFD = normal(keys[2], (c.n_routed_experts, hidden, width), 'EFD', std)
+    if c.n_shared_experts:
+      self.shared = SwiGLU(width, c.n_shared_experts * hidden, std, keys[3])
+
+  def __call__(self, x_BTD, bias_E, valid_BT) -> tuple[jax.Array, Balance]:
+    with jax.named_scope('moe/route'):
+      scores_BTE = scores(x_BTD, self.router_DE[...], self.config.scoring_func)
+      ids_BTX = choose(jax.lax.stop_gradient(scores_BTE), bias_E, self.config)
+      weights_BTX = weigh(scores_BTE, ids_BTX, self.config)
+      seen = balance(scores_BTE, ids_BTX, valid_BT, self.config)
+    y_BTD = dispatch(x_BTD, ids_BTX, weights_BTX, self.wi_ED2F[...], self.wo_EFD[...])
+    if self.config.n_shared_experts:
+      y_BTD = y_BTD + self.shared(x_BTD)
+    return shard(y_BTD, 'BTD'), seen

@@ -1,0 +1,8 @@
+"""Kernels for DeepSeek-V3 in JAX. Every op takes `implementation=None` (the best here) or a name of
+`op.implementations()`."""
+
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.mla_decode import mla_decode
+
+__all__ = ['flash_attention', 'grouped_matmul', 'mla_decode']

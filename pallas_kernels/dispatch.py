@@ -1,0 +1,138 @@
+"""Which implementation of an op runs where.
+
+Every op owns one `Registry`, filled best first. `None` takes the best implementation that serves the platform and
+logs it once; a name takes that one or raises. Nothing is imported here for its side effects and no import error is
+swallowed: an implementation that needs more than this jax offers says so through `unavailable`.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+_log = logging.getLogger(__name__)
+
+KNOWN = ('reference', 'xla', 'gpu', 'tpu')
+
+
+@dataclass(frozen=True)
+class Implementation:
+  """One way to compute an op.
+
+  platforms: those it serves ('cpu', 'gpu', 'tpu'); None = all.
+  unavailable: called at each choice, returns None, or in one clause why it cannot run now (jax too old, wrong chip).
+    An implementation that can also be interpreted elsewhere answers for that here and lists the platform.
+  """
+
+  name: str
+  kernels: Any
+  platforms: tuple[str, ...] | None = None
+  unavailable: Callable[[], str | None] | None = None
+
+  def reason_unavailable(self, target: str) -> str | None:
+    if self.platforms is not None and target not in self.platforms:
+      return f'it serves {", ".join(self.platforms)} and this program is for {target}'
+    return self.unavailable() if self.unavailable else None
+
+
+def platform(*operands) -> str:
+  """'cpu', 'gpu' or 'tpu': what the program being traced is for.
+
+  The ambient mesh decides, then a mesh an operand is laid out on: while compiling for a TPU that is not there,
+  `jax.default_backend()` answers cpu. Without a mesh it is `jax.default_device` or the default backend.
+  """
+  meshes = [jax.sharding.get_abstract_mesh()]
+  meshes += [jax.typeof(x).sharding.mesh for x in operands if x is not None]
+  for mesh in meshes:
+    if mesh.abstract_device is not None:
+      return _canonical(mesh.abstract_device.platform)
+  device = jax.config.jax_default_device
+  if device is None:
+    return _canonical(jax.default_backend())
+  return _canonical(device if isinstance(device, str) else device.platform)
+
+
+def _canonical(name: str) -> str:
+  return 'gpu' if name in ('cuda', 'rocm') else name
+
+
+class Registry:
+  """The implementations of one op, best first."""
+
+  def __init__(self, op: str, *implementations: Implementation):
+    self.op = op
+    self.all = implementations
+    self._said = set()
+
+  def implementations(self, target: str | None = None) -> tuple[str, ...]:
+    """Names usable for `target` (default: the current platform), best first."""
+    target = target or platform()
+    return tuple(i.name for i in self.all if i.reason_unavailable(target) is None)
+
+  def unavailable(self, target: str | None = None) -> dict[str, str]:
+    """Name -> why it cannot be used for `target` (default: the current platform)."""
+    target = target or platform()
+    reasons = {i.name: i.reason_unavailable(target) for i in self.all}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+  def choose(self, name: str | None, *operands):
+    """The kernels of the implementation `name`, or of the best one for the platform when it is None.
+
+    Raises ValueError for a name nobody knows, NotImplementedError for one that this op lacks or that cannot run here.
+    """
+    target = platform(*operands)
+    usable = self.implementations(target)
+    if name is None:
+      chosen = next(i for i in self.all if i.name in usable)
+      if (chosen.name, target) not in self._said:
+        self._said.add((chosen.name, target))
+        better = [f'{n}: {why}' for n, why in self.unavailable(target).items()]
+        _log.info('%s: %s on %s%s', self.op, chosen.name, target, f' ({"; ".join(better)})' if better else '')
+      return chosen.kernels
+    if name not in KNOWN:
+      raise ValueError(f'{self.op}: implementation={name!r} is unknown; here it can be None, {_listed(usable)}')
+    chosen = next((i for i in self.all if i.name == name), None)
+    if chosen is None:
+      raise NotImplementedError(
+        f'{self.op}: implementation={name!r} is not written for this op; here it can be None, {_listed(usable)}')
+    reason = chosen.reason_unavailable(target)
+    if reason is not None:
+      raise NotImplementedError(
+        f'{self.op}: implementation={name!r} cannot run: {reason}; here it can be None, {_listed(usable)}')
+    return chosen.kernels
+
+  def public(self, function):
+    """Decorates the public op: it answers `op.implementations()` and `op.unavailable()`."""
+    function.implementations = self.implementations
+    function.unavailable = self.unavailable
+    return function
+
+
+def _listed(names) -> str:
+  return ', '.join(repr(n) for n in names)
+
+
+def align_varying(*operands):
+  """Makes operands vary over the same manual mesh axes (`jax.shard_map` with check_vma); None passes through.
+
+  Placed before a custom_vjp it does two things: every loop carry inside has one varying type, and a weight that is
+  replicated over an axis gets its cotangent summed over that axis, since that is the transpose of `pcast`.
+  """
+  axes = varying_axes(*operands)
+  return tuple(x if x is None else vary(x, axes) for x in operands)
+
+
+def varying_axes(*operands) -> frozenset[str]:
+  """Manual mesh axes over which any of the operands varies."""
+  return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands if x is not None))
+
+
+def vary(tree, axes):
+  """The arrays of tree, varying over `axes` too: what a fresh loop carry needs to match the body under check_vma."""
+  def leaf(x):
+    missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+    return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+  return jax.tree.map(leaf, tree)

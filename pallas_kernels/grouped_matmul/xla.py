@@ -1,0 +1,91 @@
+"""Grouped matmul as a loop over visits: it costs what the rows cost, and reads only the experts that have rows.
+
+A visit is a tile of rows of one group. It slices those rows and that group's weights, multiplies them, and writes
+the rows that belong to the group; a tile that starts in one group may hold rows of the next ones, whose results are
+discarded. `jax.lax.ragged_dot` computes every expert for every row on CPU and on older TPUs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul.scales import dequantise
+
+# Rows a visit. Small tiles copy a weight matrix too often, large ones waste rows at the ends of groups.
+TILE = {'cpu': 128, 'gpu': 512, 'tpu': 512}
+
+
+def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype):
+  def product(rows, g):
+    lhs, rhs = rows(lhs_MK), rhs_GKN[g]
+    if lhs_scales is not None:
+      lhs, rhs = dequantise(lhs, rows(lhs_scales), (1, 128)), dequantise(rhs, rhs_scales[g], (128, 128))
+    return jnp.einsum('mK,KN->mN', lhs, rhs, preferred_element_type=jnp.float32)
+
+  return _map_rows(product, lhs_MK, rhs_GKN.shape[2], group_sizes_G, out_dtype)
+
+
+def lhs_gradient(dy_MN, rhs_GKN, group_sizes_G, out_dtype):
+  def product(rows, g):
+    return jnp.einsum('mN,KN->mK', rows(dy_MN), rhs_GKN[g], preferred_element_type=jnp.float32)
+
+  return _map_rows(product, dy_MN, rhs_GKN.shape[1], group_sizes_G, out_dtype)
+
+
+def rhs_gradient(lhs_MK, dy_MN, group_sizes_G, out_dtype):
+  def body(visit, drhs_GKN):
+    rows, mine_m1, g = visit
+    dy_mN = jnp.where(mine_m1, rows(dy_MN), 0)
+    # Both sides masked: 0 times another group's infinity would be NaN.
+    lhs_mK = jnp.where(mine_m1, rows(lhs_MK), 0)
+    part_KN = jnp.einsum('mK,mN->KN', lhs_mK, dy_mN, preferred_element_type=jnp.float32)
+    return drhs_GKN.at[g].add(part_KN)
+
+  shape = (group_sizes_G.shape[0], lhs_MK.shape[1], dy_MN.shape[1])
+  return _loop(body, jnp.zeros(shape, jnp.float32), lhs_MK, group_sizes_G).astype(out_dtype)
+
+
+def _map_rows(product, x_MK, width, group_sizes_G, out_dtype):
+  """y [M, width] whose rows are product(rows, g); rows of no group stay zero."""
+  def body(visit, y_MN):
+    rows, mine_m1, g = visit
+    y_mN = jnp.where(mine_m1, product(rows, g).astype(out_dtype), rows(y_MN))
+    return rows(y_MN, y_mN)
+
+  return _loop(body, jnp.zeros((x_MK.shape[0], width), out_dtype), x_MK, group_sizes_G)
+
+
+def _loop(body, carry, x_MK, group_sizes_G):
+  """carry after body((rows, mine_m1, g), carry) for each visit.
+
+  rows(x) slices the visit's tile from x [M, ...] and rows(x, new) writes it; mine_m1 tells which of its rows are the
+  group's. The last tiles of the array are moved up to stay inside it.
+  """
+  m = x_MK.shape[0]
+  target = dispatch.platform(x_MK)
+  tile = min(TILE[target], m)
+  limit = -(-m // tile) + group_sizes_G.shape[0]
+  tiles_G = -(-group_sizes_G // tile)
+  last_visit_G, end_G = jnp.cumsum(tiles_G), jnp.cumsum(group_sizes_G)
+  visit = jnp.arange(limit)
+  group = jnp.searchsorted(last_visit_G, visit, side='right', method='compare_all')
+  # Visits past the last one start at or after their group's end: none of their rows is the group's.
+  group = jnp.minimum(group, group_sizes_G.shape[0] - 1)
+  end = end_G[group]
+  first = end - group_sizes_G[group] + (visit - (last_visit_G - tiles_G)[group]) * tile
+
+  def step(i, carry):
+    start = jnp.minimum(first[i], m - tile)
+    row_m1 = start + jnp.arange(tile)[:, None]
+
+    def rows(x, new=None):
+      if new is None:
+        return jax.lax.dynamic_slice_in_dim(x, start, tile)
+      return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
+
+    return body((rows, (row_m1 >= first[i]) & (row_m1 < end[i]), group[i]), carry)
+
+  # The number of visits is data. A loop that stops there costs an accelerator a host round trip an iteration, so
+  # there the bound is static.
+  bound = last_visit_G[-1] if target == 'cpu' else limit
+  return jax.lax.fori_loop(0, bound, step, dispatch.vary(carry, dispatch.varying_axes(x_MK)))

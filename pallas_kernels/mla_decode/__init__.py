@@ -1,0 +1,49 @@
+"""Latent attention in absorbed form over a paged cache: decoding, verification of drafts, chunked prefill."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.mla_decode import reference, xla
+
+registry = dispatch.Registry(
+  'mla_decode',
+  dispatch.Implementation('xla', xla.mla_decode),
+  dispatch.Implementation('reference', reference.mla_decode),
+)
+
+
+@registry.public
+def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, *, scale, value_width, plan=None, return_lse=False,
+               implementation=None):
+  """o_BTNC = softmax(scale * q c^T) c[:value_width] over the cached latents c of each sequence. Not differentiable.
+
+  q_BTNJ: queries already absorbed, J = latent width + RoPE width; the T newest tokens of each sequence.
+  pages_PSJ: the pool of cache pages. table_BP: int32, the pages of each sequence in order; entries past its last page
+    are ignored. lengths_B: int32, valid keys of each sequence, its T newest included, at most max_pages * page.
+  Query t sees keys < lengths_B - T + t + 1; one that sees none has o = 0 and lse = -inf. Cache rows past a sequence's
+  length may hold anything, NaN included.
+  plan: a schedule shared by layers, for the implementations that split the work over a chip's cores; others ignore it.
+  return_lse: returns (o_BTNC, lse_BTN), lse the natural log of the sum of exp(scores), float32.
+  implementation: None = the best for the platform, or a name of `mla_decode.implementations()`.
+
+  Raises ValueError for shapes or names that do not fit, NotImplementedError for an implementation that cannot run here.
+  """
+  _check(q_BTNJ, pages_PSJ, table_BP, lengths_B, value_width)
+  run = registry.choose(implementation, q_BTNJ, pages_PSJ)
+  operands = dispatch.align_varying(q_BTNJ, pages_PSJ, table_BP, lengths_B)
+  with jax.named_scope('mla_decode'):
+    o_BTNC, lse_BTN = run(*operands, plan, scale, value_width)
+  return (o_BTNC, lse_BTN) if return_lse else o_BTNC
+
+
+def _check(q_BTNJ, pages_PSJ, table_BP, lengths_B, value_width):
+  if q_BTNJ.ndim != 4 or pages_PSJ.ndim != 3 or q_BTNJ.shape[3] != pages_PSJ.shape[2]:
+    raise ValueError(f'mla_decode: q {q_BTNJ.shape} and pages {pages_PSJ.shape} must be [B, T, N, J] and [P, page, J]')
+  batch, width = q_BTNJ.shape[0], q_BTNJ.shape[3]
+  if not 1 <= value_width <= width:
+    raise ValueError(f'mla_decode: value_width={value_width} must be between 1 and the cache width {width}')
+  for name, x, shape in (('table', table_BP, (batch, *table_BP.shape[-1:])), ('lengths', lengths_B, (batch,))):
+    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+      wanted = f'[{batch}, max_pages]' if name == 'table' else f'[{batch}]'
+      raise ValueError(f'mla_decode: {name} is {x.dtype}{list(x.shape)} and must be integers {wanted}')
