@@ -12,7 +12,6 @@ Documents are UTF-8; empty ones are left out, as are test folders, hidden files 
 """
 
 import hashlib
-import itertools
 import json
 import os
 import sysconfig
@@ -33,7 +32,7 @@ _UNKNOWN_SIZE = np.iinfo(np.int64).max  # bytes of a document that was not read 
 class FileDocuments:
   """Whole files. `names`, `sizes` (bytes), `digest` and `held_out` describe them; `read` gives their bytes."""
 
-  def __init__(self, files: Iterable[tuple[str, Path]], held_out_fraction: float, *, skip_other_encodings: bool):
+  def __init__(self, files: list[tuple[str, Path]], held_out_fraction: float, *, skip_other_encodings: bool):
     self.names, self._paths, sizes = [], [], []
     digest = hashlib.sha256()
     for name, path in files:
@@ -76,7 +75,7 @@ class FileDocuments:
 class JsonlDocuments:
   """Lines of JSON. Files are indexed once, then read line by line: for corpora past some GB use arrayrecord."""
 
-  def __init__(self, files: Iterable[tuple[str, Path]], held_out_fraction: float, text_key: str):
+  def __init__(self, files: list[tuple[str, Path]], held_out_fraction: float, text_key: str):
     self._text_key = text_key
     self._paths, lines, names = [], [], []
     digest = hashlib.sha256()
@@ -159,7 +158,7 @@ def open_documents(data: DataConfig) -> Documents:
   elif data.source == 'jsonl':
     documents = JsonlDocuments(_files(data.path, '.jsonl'), fraction, data.text_key)
   else:
-    documents = ArrayRecordDocuments(list(_files(data.path, '.arrayrecord', '.array_record')), fraction, data.text_key)
+    documents = ArrayRecordDocuments(_files(data.path, '.arrayrecord', '.array_record'), fraction, data.text_key)
   if not len(documents.sizes):
     where = repr(data.path) if data.path else f"the interpreter's library, {sysconfig.get_path('stdlib')},"
     raise ConfigError(f'data.path: {where} holds no documents (all files are empty); choose another data.path')
@@ -286,30 +285,29 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
         yield path.relative_to(root).as_posix(), path
 
 
-def _files(path: str, *endings: str) -> Iterator[tuple[str, Path]]:
+def _files(path: str, *endings: str) -> list[tuple[str, Path]]:
   """The file itself, or the folder's files whose name contains one of the endings (shards append to them)."""
   root = Path(path).expanduser()
   if not root.exists():
     raise ConfigError(f'data.path={path!r} does not exist; set --config.data.path to a file or a folder')
   if not root.is_dir():
-    return iter([(root.name, root)])
+    return [(root.name, root)]
   found = sorted(item for item in _walk(root) if not endings or any(ending in item[1].name for ending in endings))
   if not found:
     kind = f'{" or ".join("*" + ending for ending in endings)} files' if endings else 'files'
     raise ConfigError(f'data.path={path!r} holds no {kind}; set --config.data.path to another folder, or data.source')
-  return iter(found)
+  return found
 
 
-def _python_files(source: str) -> Iterator[tuple[str, Path]]:
+def _python_files(source: str) -> list[tuple[str, Path]]:
   """The interpreter's own library, without tests; then, for site-packages, what is installed."""
   roots = [('', sysconfig.get_path('stdlib'))]
   if source == 'site-packages':
     installed = dict.fromkeys([sysconfig.get_path('purelib'), sysconfig.get_path('platlib')])
     roots += [('site-packages/', root) for root in installed]
-  found = ((prefix + name, path) for prefix, root in roots for name, path in _walk(Path(root))
-           if name.endswith('.py') and not _SKIPPED_FOLDERS.intersection(name.split('/')[:-1]))
-  files = sorted(found)
+  files = sorted((prefix + name, path) for prefix, root in roots for name, path in _walk(Path(root))
+                 if name.endswith('.py') and not _SKIPPED_FOLDERS.intersection(name.split('/')[:-1]))
   if not files:
     raise ConfigError(f'{roots[0][1]} holds no *.py files, so data.source={source!r} has nothing to read; '
                       'use --config.data.source=text with a data.path')
-  return itertools.chain(files)
+  return files
