@@ -41,10 +41,10 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def spec(letters: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
+def spec(letters: str, shape: tuple[int, ...], mesh, without: str = '') -> PartitionSpec:
   """'WD' -> PartitionSpec(None, 'fsdp'). The leftmost letter wins a mesh axis; leading axes without a letter
   (stacked layers) stay whole; mesh axes whose sizes don't divide a dimension are left out for it, last first."""
-  taken, out = set(), [None] * (len(shape) - len(letters))
+  taken, out = {without}, [None] * (len(shape) - len(letters))
   for letter, size in zip(letters, shape[len(out):], strict=True):
     names = [name for name in TABLE.get(letter, ()) if mesh.shape.get(name, 1) > 1 and name not in taken]
     while names and size % math.prod(mesh.shape[name] for name in names):
@@ -74,6 +74,15 @@ def shard(x, letters: str):
   """Lays an activation out by its letters; does nothing without a mesh."""
   mesh = current_mesh()
   return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(letters, x.shape, mesh))
+
+
+def gather(w, letters: str):
+  """A weight as the computation wants it: whole along fsdp, split along expert. Saying so, one layer at a time, is
+  what makes the compiler move weights and leave activations where they are; the gradient goes back the same way."""
+  mesh = current_mesh()
+  if mesh is None or mesh.shape['fsdp'] == 1:
+    return w
+  return jax.lax.with_sharding_constraint(w, spec(letters, w.shape, mesh, without='fsdp'))
 
 
 def is_variable(x) -> bool:

@@ -8,6 +8,7 @@ the concatenation of these, split every `length` tokens. In a row, `segments` co
 beginning, so positions start at 0 again.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from mla_jax.data.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]  # tokens, segments, positions: int32 [rows, length]
 _KEYS = ('tokens', 'segments', 'positions')
 _IN_TURN = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # no read-ahead: states are exact, threads none
-_EMPTY_IN_A_ROW = 10_000  # pieces without a token, after which a source counts as empty
+_EMPTY_IN_A_ROW = 1000  # pieces without a token, after which a source counts as empty
+_HELD_OUT_PIECE_BYTES = 1 << 20  # documents stay whole, unless encoding one takes long
 _HELD_OUT_SEED = 0  # not data.shuffle_seed: held-out losses of runs with other seeds stay comparable
 
 
@@ -158,7 +160,7 @@ class Batches:
     """Takes up the held rows where `state`, of any objects that held them then, says they stood."""
     missing = [row for row in self._rows if str(row) not in state]
     if missing:
-      raise ConfigError(f'the data state has no position for row {missing[0]} ({len(missing)} of {len(self._rows)} rows '
+      raise ConfigError(f'the data state has no position for row {missing[0]} (of {len(self._rows)}, {len(missing)} '
                         'are missing); resume with the batch size the run was started with')
     for row, stream in self._rows.items():
       stream.set_state(state[str(row)])
@@ -172,10 +174,36 @@ def held_out_batches(data: DataConfig, tokenizer: Tokenizer, *, length: int, bat
   place, so that a few long ones don't decide the loss. A split that can't fill num_batches gives fewer; one that
   can't fill a batch gives one, padded with segments 0. Raises ConfigError when nothing is held out.
   """
-  pieces = Pieces(data, held_out=True)
-  encode = functools.partial(encode_piece, tokenizer=tokenizer, fim_rate=0)
+  pieces = Pieces(dataclasses.replace(data, piece_bytes=_HELD_OUT_PIECE_BYTES), held_out=True)
   wanted = batch_size * num_batches
-  taken = length * -(-wanted // len(pieces))  # tokens of a piece, at most
+  most = length * -(-wanted // len(pieces))  # tokens of a piece
+  tokens = 0
   while True:
-    cut = functools.partial(_cut, most=taken)
-    stream = grain.MapDataset.source(pieces).seed(_HELD_OUT_SEED).random_map(lambda piece, rng: cut(encode(piece, rng), rng))
+    stream = grain.MapDataset.source(pieces).seed(_HELD_OUT_SEED)
+    stream = stream.random_map(functools.partial(_cut_piece, tokenizer=tokenizer, most=most)).shuffle()
+    rows = list(itertools.islice(_Packed(stream.to_iter_dataset(_IN_TURN), length), wanted))
+    full = [row for row in rows if row['segments'][-1]]  # all but the end of the text
+    before, tokens = tokens, sum(np.count_nonzero(row['segments']) for row in rows)
+    if len(full) == wanted or tokens == before:  # enough, or pieces were whole the time before
+      break
+    most *= 2
+  if not rows:
+    raise ConfigError('data.held_out_fraction: the held-out documents have no tokens; use a larger fraction')
+  if len(full) < batch_size:
+    return [_stack(rows + [{key: np.zeros(length, np.int32) for key in _KEYS}] * (batch_size - len(rows)), length)]
+  return [_stack(full[i:i + batch_size], length) for i in range(0, len(full) - batch_size + 1, batch_size)]
+
+
+def _cut_piece(piece: Piece, rng: np.random.Generator, *, tokenizer: Tokenizer, most: int) -> np.ndarray:
+  tokens = encode_piece(piece, rng, tokenizer=tokenizer, fim_rate=0)
+  start = rng.integers(0, max(len(tokens) - most, 0) + 1)
+  return tokens[start:start + most]
+
+
+def _stack(rows: list[Batch], length: int) -> Batch:
+  return {key: np.array([row[key] for row in rows], np.int32).reshape(-1, length) for key in _KEYS}
+
+
+def source_digest(data: DataConfig) -> str:
+  """sha256 of the source: names and content of all documents (ArrayRecord: of its files' names and sizes)."""
+  return open_documents(data).digest

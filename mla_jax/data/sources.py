@@ -8,7 +8,7 @@
 | jsonl         | the field data.text_key of a line of a *.jsonl file | path in the folder + ':' + line number     |
 | arrayrecord   | a record: UTF-8 text, or JSON with data.text_key    | index of the record over the sorted files  |
 
-Documents are UTF-8; empty ones are left out, as are test folders, hidden files and hidden folders.
+Documents are UTF-8. Empty ones are left out, as are hidden files and folders and, of Python's, the folders of tests.
 """
 
 import hashlib
@@ -275,10 +275,10 @@ def _lines(path: Path) -> Iterator[bytes]:
     raise ConfigError(f'{path} can not be read ({error.strerror}); correct its permissions or remove it') from None
 
 
-def _walk(root: Path) -> Iterator[tuple[str, Path]]:
+def _walk(root: Path, skipped_folders: frozenset[str] = frozenset()) -> Iterator[tuple[str, Path]]:
   """(relative name, path) of all files below a folder that are not hidden."""
   for folder, children, files in os.walk(root):
-    children[:] = [name for name in children if not name.startswith('.')]
+    children[:] = [name for name in children if not name.startswith('.') and name not in skipped_folders]
     for name in files:
       if not name.startswith('.'):
         path = Path(folder, name)
@@ -305,8 +305,8 @@ def _python_files(source: str) -> list[tuple[str, Path]]:
   if source == 'site-packages':
     installed = dict.fromkeys([sysconfig.get_path('purelib'), sysconfig.get_path('platlib')])
     roots += [('site-packages/', root) for root in installed]
-  files = sorted((prefix + name, path) for prefix, root in roots for name, path in _walk(Path(root))
-                 if name.endswith('.py') and not _SKIPPED_FOLDERS.intersection(name.split('/')[:-1]))
+  files = sorted((prefix + name, path) for prefix, root in roots
+                 for name, path in _walk(Path(root), _SKIPPED_FOLDERS) if name.endswith('.py'))
   if not files:
     raise ConfigError(f'{roots[0][1]} holds no *.py files, so data.source={source!r} has nothing to read; '
                       'use --config.data.source=text with a data.path')

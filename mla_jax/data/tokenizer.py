@@ -30,6 +30,7 @@ SPECIAL_NAMES = {
     'pad': ('<|pad|>', '<｜▁pad▁｜>', '<pad>', '[PAD]', '<|endoftext|>'),
 }
 _OUR_NAMES = [names[0] for names in SPECIAL_NAMES.values()]
+_CONTEXT = 8  # tokens that a streaming decoder keeps: more than one character has
 
 
 class Tokenizer:
@@ -103,7 +104,7 @@ class _ByteStream:
 
 
 class HuggingFaceTokenizer(Tokenizer):
-  """Any tokenizer.json. A tokenizer_config.json beside it says which tokens are bos, eos and pad; else their names do."""
+  """Any tokenizer.json. A tokenizer_config.json beside it says which tokens are bos, eos and pad, else their names."""
 
   def __init__(self, library: tokenizers.Tokenizer, name: str, config: dict | None = None):
     library.no_truncation()
@@ -122,7 +123,10 @@ class HuggingFaceTokenizer(Tokenizer):
     return next((i for i in ids if i is not None), None)
 
   def encode(self, text: str) -> list[int]:
-    return self._library.encode(text, add_special_tokens=False).ids
+    try:
+      return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids  # fast: without offsets
+    except Exception as error:  # the library raises plain Exception, for text outside a vocabulary without <unk>
+      raise ConfigError(f'tokenizer {self.name!r} can not encode {text[:20]!r}... ({error}); use another') from None
 
   def decode(self, ids: Iterable[int]) -> str:
     return self._library.decode(self._text_ids(ids), skip_special_tokens=True)
@@ -159,8 +163,8 @@ class _HuggingFaceStream:
     settled = len(text.rstrip('\ufffd'))  # at the end it may be the beginning of a character
     piece = text[self._shown:settled]
     self._shown = max(self._shown, settled)
-    if settled == len(text) and piece:
-      self._ids = self._ids[-max(len(new_ids), 8):]
+    if settled == len(text):
+      self._ids = self._ids[-_CONTEXT:]
       self._shown = len(self._tokenizer.decode(self._ids))
     return piece
 

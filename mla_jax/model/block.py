@@ -1,9 +1,10 @@
 """A transformer block, and how a stack of them is built and scanned."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from mla_jax.axes import shard
+from mla_jax.axes import gather, letters_of, shard
 from mla_jax.config import ModelConfig
 from mla_jax.model.attention import Context, make_attention
 from mla_jax.model.cache import Cache
@@ -49,7 +50,8 @@ def build_stack(make, count: int, key):
 def take(stack, index):
   """One module of a stack."""
   graph, weights = nnx.split(stack)
-  return nnx.merge(graph, jax.tree.map(lambda w: w[index], nnx.as_pure(weights)))
+  return nnx.merge(graph, jax.tree.map(lambda w, letters: gather(w[index], letters), nnx.as_pure(weights),
+                                       letters_of(weights)))
 
 
 def scan_stack(stack, count: int, x_BTD, bias_LE, valid_BT, ctx: Context, cache: Cache | None, first: int,
@@ -57,15 +59,17 @@ def scan_stack(stack, count: int, x_BTD, bias_LE, valid_BT, ctx: Context, cache:
   """Applies a stack of blocks whose first is layer `first` of the cache. The cache travels in the carry, where XLA
   updates it in place. Returns (stream, cache, Balance with a leading layer axis, or None from dense blocks)."""
   graph, weights_L = nnx.split(stack)
+  letters = letters_of(weights_L)
 
   def body(carry, layer_inputs):
     x_BTD, cache = carry
     weights, bias_E, layer = layer_inputs
+    weights = jax.tree.map(gather, weights, letters)
     x_BTD, cache, seen = nnx.merge(graph, weights)(x_BTD, bias_E, valid_BT, ctx, cache, layer)
     return (x_BTD, cache), seen
 
   if remat != 'none':
     body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[remat])
-  layers_L = first + jax.numpy.arange(count)
+  layers_L = first + jnp.arange(count)
   (x_BTD, cache), seen = jax.lax.scan(body, (x_BTD, cache), (nnx.as_pure(weights_L), bias_LE, layers_L))
   return x_BTD, cache, seen

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla_jax.axes import is_variable, shard
+from mla_jax.axes import gather, is_variable, shard
 from mla_jax.config import ModelConfig
 from mla_jax.model.attention import cached_context, context
 from mla_jax.model.block import Block, build_stack, scan_stack, take
@@ -44,13 +44,13 @@ class Transformer(nnx.Module):
     return self.logits(hidden_BTD), seen
 
   def embed(self, tokens_BT):
-    return shard(self.embedding_WD[...][tokens_BT], 'BTD')
+    return shard(gather(self.embedding_WD[...], 'WD')[tokens_BT], 'BTD')
 
   def logits(self, hidden_BTD):
     """Float32, from a hidden state after its norm; the MTP modules share it."""
     with jax.named_scope('head'):
       head_WD = self.embedding_WD if self.config.tie_word_embeddings else self.head_WD
-      return shard(unembed(hidden_BTD, head_WD[...]), 'BTW')
+      return shard(unembed(hidden_BTD, gather(head_WD[...], 'WD')), 'BTW')
 
   def hidden(self, tokens_BT, positions_BT=None, segments_BT=None, remat: str = 'none'):
     """Final hidden states, after the norm, and the Balance of the MoE layers. Segment 0 is padding."""

@@ -1,113 +1,124 @@
-"""Attention over blocks of queries: only the keys a block can see are multiplied, and the scores of one block are all
-that is ever in memory. The backward pass recomputes the probabilities from the log-sum-exp (FlashAttention-2, 2.3).
+"""Attention as one scan over the pairs (block of queries, block of keys) that can see each other.
+
+Forward is the online softmax; backward recomputes the probabilities from the log-sum-exp (FlashAttention-2, arXiv
+2307.08691, algorithms 1 and 2). A pair's scores are all that is stored of the score matrix, a causal program skips the
+pairs above the diagonal, and the compiled program is as small for long sequences as for short ones.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import dispatch
 
-# Causal queries are cut into at most SPANS spans, unrolled, each with its own number of keys (8 spans multiply 9/16
-# of the square). Within a span, blocks of queries are scanned when the span's scores would take over SCORE_BYTES.
-SPANS, SPAN_UNIT, SCORE_BYTES = 8, 128, 1 << 28
+BLOCK = {'cpu': 64, 'gpu': 512, 'tpu': 512}  # most queries, and most keys, of a block
 
 
 def forward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal):
   """(o_BTNV, lse_BTN)."""
-  q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
+  grid = _Grid(q_BTNH, k_BSNH, causal)
+  q_BNTH, k_BNSH, v_BNSV = grid.queries(q_BTNH), grid.keys(k_BSNH), grid.keys(v_BSNV)
 
-  def block(rows, keys, carry):
-    o, lse = carry
-    scores = _scores(rows, keys, q, k, q_segments, kv_segments, scale, causal)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    top = jnp.where(top == -jnp.inf, 0, top)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    part = jnp.einsum('BNTS,BNSV->BNTV', weights.astype(v.dtype), v[:, :, :keys], preferred_element_type=jnp.float32)
-    part = part / jnp.where(total == 0, 1, total)
-    return rows(o, 2, part.astype(o.dtype)), rows(lse, 2, (top + jnp.log(total))[..., 0])
+  def pair(carry, starts):
+    max_BNT, total_BNT, o_BNTV = carry
+    q_rows, k_rows = grid.rows(starts)
+    scores = grid.scores(starts, q_BNTH, k_BNSH, q_segments, kv_segments, scale)
+    old_max = q_rows(max_BNT)
+    new_max = jnp.maximum(old_max, scores.max(-1))
+    base = jnp.where(new_max == -jnp.inf, 0, new_max)  # a row that has seen no key yet: exp(-inf - 0) = 0
+    weights, shrink = jnp.exp(scores - base[..., None]), jnp.exp(old_max - base)
+    part = _dot('BNTS,BNSV->BNTV', weights.astype(v_BNSV.dtype), k_rows(v_BNSV))
+    return (q_rows(max_BNT, new_max), q_rows(total_BNT, q_rows(total_BNT) * shrink + weights.sum(-1)),
+            q_rows(o_BNTV, q_rows(o_BNTV) * shrink[..., None] + part)), None
 
-  o, lse = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
-  o, lse = _each_block(block, (o, lse), q, k, causal)
-  return o.swapaxes(1, 2), lse.swapaxes(1, 2)
+  row = q_BNTH.shape[:3]
+  carry = jnp.full(row, -jnp.inf), jnp.zeros(row), jnp.zeros((*row, v_BNSV.shape[3]))
+  max_BNT, total_BNT, o_BNTV = grid.scan(pair, carry)
+  o_BNTV = o_BNTV / jnp.where(total_BNT == 0, 1, total_BNT)[..., None]
+  lse_BNT = max_BNT + jnp.log(total_BNT)
+  t = q_BTNH.shape[1]
+  return o_BNTV.swapaxes(1, 2)[:, :t].astype(q_BTNH.dtype), lse_BNT.swapaxes(1, 2)[:, :t]
 
 
 def backward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal, o_BTNV, lse_BTN, do_BTNV, dlse_BTN):
   """(dq_BTNH, dk_BSNH, dv_BSNV)."""
-  q, k, v, o, do, lse, dlse = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNV, o_BTNV, do_BTNV, lse_BTN, dlse_BTN))
-  # d score = p * (do.v - do.o + dlse): the softmax's own term and the log-sum-exp's, whose gradient is p.
-  shift = dlse - jnp.einsum('BNTV,BNTV->BNT', do, o, preferred_element_type=jnp.float32)
-  lse = jnp.where(lse == -jnp.inf, 0, lse)
+  grid = _Grid(q_BTNH, k_BSNH, causal)
+  q_BNTH, k_BNSH, v_BNSV = grid.queries(q_BTNH), grid.keys(k_BSNH), grid.keys(v_BSNV)
+  do_BNTV = grid.queries(do_BTNV)
+  # d score = p (do.v - do.o + dlse): the softmax's own two terms and the log-sum-exp's, whose gradient is p.
+  shift_BNT = grid.queries(dlse_BTN - _dot('BTNV,BTNV->BTN', do_BTNV, o_BTNV))
+  lse_BNT = grid.queries(jnp.where(lse_BTN == -jnp.inf, 0, lse_BTN))
 
-  def block(rows, keys, carry):
-    dq, dk, dv = carry
-    do_rows, k_keys, v_keys = rows(do, 2), k[:, :, :keys], v[:, :, :keys]
-    scores = _scores(rows, keys, q, k, q_segments, kv_segments, scale, causal)
-    p = jnp.exp(scores - rows(lse, 2)[..., None])
-    dp = jnp.einsum('BNTV,BNSV->BNTS', do_rows, v_keys, preferred_element_type=jnp.float32)
-    ds = (p * (dp + rows(shift, 2)[..., None]) * scale).astype(q.dtype)
-    p = p.astype(v.dtype)
-    dv = dv.at[:, :, :keys].add(jnp.einsum('BNTS,BNTV->BNSV', p, do_rows, preferred_element_type=jnp.float32))
-    dk = dk.at[:, :, :keys].add(jnp.einsum('BNTS,BNTH->BNSH', ds, rows(q, 2), preferred_element_type=jnp.float32))
-    dq_rows = jnp.einsum('BNTS,BNSH->BNTH', ds, k_keys, preferred_element_type=jnp.float32)
-    return rows(dq, 2, dq_rows.astype(dq.dtype)), dk, dv
+  def pair(carry, starts):
+    dq_BNTH, dk_BNSH, dv_BNSV = carry
+    q_rows, k_rows = grid.rows(starts)
+    scores = grid.scores(starts, q_BNTH, k_BNSH, q_segments, kv_segments, scale)
+    p = jnp.exp(scores - q_rows(lse_BNT)[..., None])
+    dp = _dot('BNTV,BNSV->BNTS', q_rows(do_BNTV), k_rows(v_BNSV))
+    ds = (p * (dp + q_rows(shift_BNT)[..., None]) * scale).astype(q_BNTH.dtype)
+    dq = _dot('BNTS,BNSH->BNTH', ds, k_rows(k_BNSH))
+    dk = _dot('BNTS,BNTH->BNSH', ds, q_rows(q_BNTH))
+    dv = _dot('BNTS,BNTV->BNSV', p.astype(v_BNSV.dtype), q_rows(do_BNTV))
+    return (q_rows(dq_BNTH, q_rows(dq_BNTH) + dq), k_rows(dk_BNSH, k_rows(dk_BNSH) + dk),
+            k_rows(dv_BNSV, k_rows(dv_BNSV) + dv)), None
 
-  carry = jnp.zeros_like(q), jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-  dq, dk, dv = _each_block(block, carry, q, k, causal)
-  return dq.swapaxes(1, 2), dk.swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype)
-
-
-def _scores(rows, keys, q, k, q_segments, kv_segments, scale, causal):
-  scores = scale * jnp.einsum('BNTH,BNSH->BNTS', rows(q, 2), k[:, :, :keys], preferred_element_type=jnp.float32)
-  sees = None
-  if causal:
-    last_key = jnp.arange(q.shape[2]) + k.shape[2] - q.shape[2]
-    sees = (jnp.arange(keys) <= rows(last_key, 0)[:, None])[None]
-  if q_segments is not None:
-    same = rows(q_segments, 1)[:, :, None] == kv_segments[:, None, :keys]
-    sees = same if sees is None else sees & same
-  return scores if sees is None else jnp.where(sees[:, None], scores, -jnp.inf)
+  carry = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BNTH, k_BNSH, v_BNSV))
+  gradients = grid.scan(pair, carry)
+  return tuple(dx.swapaxes(1, 2)[:, :x.shape[1]].astype(x.dtype)
+               for dx, x in zip(gradients, (q_BTNH, k_BSNH, v_BSNV), strict=True))
 
 
-def _each_block(block, carry, q, k, causal):
-  """carry after block(rows, keys, carry) for each block of queries.
+def _dot(equation, a, b):
+  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
-  rows(x, axis) slices the block's queries, rows(x, axis, new) writes them; keys is the number of keys, a Python int,
-  that its last query can see.
-  """
-  batch, heads, t, _ = q.shape
-  s = k.shape[2]
-  carry = dispatch.vary(carry, dispatch.varying_axes(q))
-  for start, end in _spans(t) if causal else [(0, t)]:
-    keys = min(s, end + s - t) if causal else s
-    if keys <= 0:
-      continue
-    size = _block_size(end - start, 4 * batch * heads * keys)
 
-    def step(carry, first, size=size, keys=keys):
-      def rows(x, axis, new=None):
+class _Grid:
+  """How queries and keys are cut into blocks. Arrays are padded with zeros to whole blocks, heads before positions."""
+
+  def __init__(self, q_BTNH, k_BSNH, causal):
+    self.t, self.s, self.causal = q_BTNH.shape[1], k_BSNH.shape[1], causal
+    self.varying = dispatch.varying_axes(q_BTNH)
+    block = BLOCK[dispatch.platform(q_BTNH)]
+    self.q_block, self.k_block = (-(-n // -(-n // block)) for n in (self.t, self.s))
+
+  def queries(self, x_BTN, axis=1):
+    return self._padded(x_BTN, axis, -self.t % self.q_block)
+
+  def keys(self, x_BSN, axis=1):
+    return self._padded(x_BSN, axis, -self.s % self.k_block)
+
+  def _padded(self, x, axis, amount):
+    x = jnp.pad(x, [(0, amount if i == axis else 0) for i in range(x.ndim)])
+    return x.swapaxes(1, 2) if x.ndim > 2 else x
+
+  def rows(self, starts, axis=2):
+    """q_rows, k_rows: each slices the pair's block of an array, or writes it."""
+    def rows(start, size):
+      def slice_or_write(x, new=None):
         if new is None:
-          return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
-        return jax.lax.dynamic_update_slice_in_dim(x, new, first, axis)
+          return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+        return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis)
+      return slice_or_write
 
-      return block(rows, keys, carry), None
+    return rows(starts[0], self.q_block), rows(starts[1], self.k_block)
 
-    if size == end - start:
-      carry, _ = step(carry, start)
-    else:
-      carry, _ = jax.lax.scan(step, carry, jnp.arange(start, end, size))
-  return carry
+  def scores(self, starts, q_BNTH, k_BNSH, q_segments, kv_segments, scale):
+    q_rows, k_rows = self.rows(starts)
+    scores_BNTS = scale * _dot('BNTH,BNSH->BNTS', q_rows(q_BNTH), k_rows(k_BNSH))
+    key = starts[1] + jnp.arange(self.k_block)
+    last = self.s - 1
+    if self.causal:
+      last = jnp.minimum(starts[0] + jnp.arange(self.q_block) + self.s - self.t, last)[:, None]
+    sees_BTS = (key <= last)[None]
+    if q_segments is not None:
+      q_rows, k_rows = self.rows(starts, axis=1)
+      same_BTS = q_rows(self.queries(q_segments))[:, :, None] == k_rows(self.keys(kv_segments))[:, None]
+      sees_BTS = sees_BTS & same_BTS
+    return jnp.where(sees_BTS[:, None], scores_BNTS, -jnp.inf)
 
-
-def _spans(t):
-  """[(start, end)] of at most SPANS spans of whole units, and one of what is left over."""
-  units = t // SPAN_UNIT
-  count = min(SPANS, units)
-  edges = [SPAN_UNIT * (units * i // count) for i in range(count + 1)] if count else [0]
-  return list(zip(edges, edges[1:], strict=False)) + ([(edges[-1], t)] if edges[-1] < t else [])
-
-
-def _block_size(span, bytes_a_query):
-  sizes = [span, *(SPAN_UNIT >> i for i in range(5))]
-  divisors = [size for size in sizes if span % size == 0]
-  return next((size for size in divisors if size * bytes_a_query <= SCORE_BYTES), divisors[-1])
+  def scan(self, pair, carry):
+    starts = [(i, j) for i in range(0, self.t, self.q_block) for j in range(0, self.s, self.k_block)
+              if not self.causal or j < i + self.q_block + self.s - self.t]
+    q_starts, k_starts = np.array(starts, np.int32).T
+    carry, _ = jax.lax.scan(pair, dispatch.vary(carry, self.varying), (q_starts, k_starts))
+    return carry

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul.scales import dequantise
 
-# Rows a visit. Small tiles copy a weight matrix too often, large ones waste rows at the ends of groups.
+# Most rows a visit has. Small tiles copy a weight matrix too often, large ones waste rows at the ends of groups.
 TILE = {'cpu': 128, 'gpu': 512, 'tpu': 512}
 
 
 def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype):
   def product(rows, g):
-    lhs, rhs = rows(lhs_MK), rhs_GKN[g]
+    lhs, rhs = rows(lhs_MK), _pick(rhs_GKN, g)
     if lhs_scales is not None:
-      lhs, rhs = dequantise(lhs, rows(lhs_scales), (1, 128)), dequantise(rhs, rhs_scales[g], (128, 128))
+      lhs, rhs = dequantise(lhs, rows(lhs_scales), (1, 128)), dequantise(rhs, _pick(rhs_scales, g), (128, 128))
     return jnp.einsum('mK,KN->mN', lhs, rhs, preferred_element_type=jnp.float32)
 
   return _map_rows(product, lhs_MK, rhs_GKN.shape[2], group_sizes_G, out_dtype)
@@ -27,7 +27,7 @@ def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype):
 
 def lhs_gradient(dy_MN, rhs_GKN, group_sizes_G, out_dtype):
   def product(rows, g):
-    return jnp.einsum('mN,KN->mK', rows(dy_MN), rhs_GKN[g], preferred_element_type=jnp.float32)
+    return jnp.einsum('mN,KN->mK', rows(dy_MN), _pick(rhs_GKN, g), preferred_element_type=jnp.float32)
 
   return _map_rows(product, dy_MN, rhs_GKN.shape[1], group_sizes_G, out_dtype)
 
@@ -39,10 +39,14 @@ def rhs_gradient(lhs_MK, dy_MN, group_sizes_G, out_dtype):
     # Both sides masked: 0 times another group's infinity would be NaN.
     lhs_mK = jnp.where(mine_m1, rows(lhs_MK), 0)
     part_KN = jnp.einsum('mK,mN->KN', lhs_mK, dy_mN, preferred_element_type=jnp.float32)
-    return drhs_GKN.at[g].add(part_KN)
+    return jax.lax.dynamic_update_index_in_dim(drhs_GKN, _pick(drhs_GKN, g) + part_KN, g, 0)
 
   shape = (group_sizes_G.shape[0], lhs_MK.shape[1], dy_MN.shape[1])
   return _loop(body, jnp.zeros(shape, jnp.float32), lhs_MK, group_sizes_G).astype(out_dtype)
+
+
+def _pick(x, g):
+  return jax.lax.dynamic_index_in_dim(x, g, keepdims=False)
 
 
 def _map_rows(product, x_MK, width, group_sizes_G, out_dtype):
@@ -63,14 +67,16 @@ def _loop(body, carry, x_MK, group_sizes_G):
   """
   m = x_MK.shape[0]
   target = dispatch.platform(x_MK)
-  tile = min(TILE[target], m)
-  limit = -(-m // tile) + group_sizes_G.shape[0]
-  tiles_G = -(-group_sizes_G // tile)
+  groups = group_sizes_G.shape[0]
+  # No more than the mean group has, rounded up to a power of two: in decoding most groups have one row or none.
+  tile = min(TILE[target], m, 1 << (-(-m // groups) - 1).bit_length())
+  limit = -(-m // tile) + groups
+  tiles_G = (group_sizes_G + tile - 1) // tile
   last_visit_G, end_G = jnp.cumsum(tiles_G), jnp.cumsum(group_sizes_G)
   visit = jnp.arange(limit)
   group = jnp.searchsorted(last_visit_G, visit, side='right', method='compare_all')
   # Visits past the last one start at or after their group's end: none of their rows is the group's.
-  group = jnp.minimum(group, group_sizes_G.shape[0] - 1)
+  group = jnp.minimum(group, groups - 1)
   end = end_G[group]
   first = end - group_sizes_G[group] + (visit - (last_visit_G - tiles_G)[group]) * tile
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 
-CHUNK_KEYS = 256  # keys gathered at a time; a table that fits in one chunk needs no loop
+# Keys gathered at a time. A table that fits in one chunk needs no loop; a small chunk reads little past the end.
+CHUNK_KEYS = {'cpu': 128, 'gpu': 1024, 'tpu': 1024}
 
 
 def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width):
@@ -17,7 +18,7 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width)
   # M = T N: the cache has one head, so a chunk is one matrix product a sequence.
   q_BMJ = q_BTNJ.reshape(batch, t * heads, width)
   limit_BM = jnp.repeat(lengths_B[:, None] - t + jnp.arange(t) + 1, heads, axis=1)
-  chunk_pages = max(1, min(table_BP.shape[1], CHUNK_KEYS // page_size))
+  chunk_pages = max(1, min(table_BP.shape[1], CHUNK_KEYS[dispatch.platform(q_BTNJ)] // page_size))
   chunk_keys = chunk_pages * page_size
   table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % chunk_pages)))
 

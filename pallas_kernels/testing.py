@@ -1,0 +1,167 @@
+"""One list of cases an op, run by every implementation against the reference: values, and gradients where there are.
+
+  for case in testing.CASES['grouped_matmul']:
+    testing.check(grouped_matmul, 'xla', case)
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+# Largest error allowed, as a share of the largest value. FP8 operands are exact in both; their output is bfloat16.
+TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+  """arrays(rng) -> keyword arguments that are arrays; options: the others; gradients: arguments differentiated."""
+
+  name: str
+  arrays: Callable[[np.random.Generator], dict]
+  options: dict = field(default_factory=dict)
+  gradients: tuple[str, ...] = ()
+  tolerance: float = TOLERANCE['float32']
+
+  def __str__(self):
+    return self.name
+
+
+def check(op, implementation, case, seed=0):
+  """Raises AssertionError where `implementation` of `op` differs from the reference on `case`.
+
+  Outputs and gradients for random cotangents are compared: shape, dtype, places of infinities, values.
+  """
+  arrays = {name: None if x is None else jnp.asarray(x) for name, x in case.arrays(np.random.default_rng(seed)).items()}
+  options = tuple(sorted(case.options.items()))
+  results = [_run(op, name, options, case.gradients)(arrays, seed) for name in (implementation, 'reference')]
+  for name in results[1]:
+    assert_close(f'{case}: {name}', results[0][name], results[1][name], case.tolerance)
+
+
+def assert_close(name, actual, expected, tolerance):
+  """Equal shape, dtype and infinities, no NaN, and |actual - expected| <= tolerance * max |expected|."""
+  assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), (
+    f'{name}: {actual.dtype}{actual.shape}, expected {expected.dtype}{expected.shape}')
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  finite = np.isfinite(expected)
+  np.testing.assert_array_equal(actual[~finite], expected[~finite], f'{name}: infinities')
+  assert not np.isnan(expected).any() and np.isfinite(actual[finite]).all(), f'{name}: NaN or stray infinity'
+  error = np.abs(actual[finite] - expected[finite]).max(initial=0)
+  limit = tolerance * np.abs(expected[finite]).max(initial=0)
+  assert error <= limit, f'{name}: largest error {error:.3g}, allowed {limit:.3g}'
+
+
+@functools.cache
+def _run(op, implementation, options, gradients):
+  """Jitted (arrays, seed) -> {output or gradient name: array}; one compilation serves all cases of a shape."""
+  def run(arrays, seed):
+    def outputs(differentiated):
+      out = op(**{**arrays, **differentiated}, **dict(options), implementation=implementation)
+      return out if isinstance(out, tuple) else (out,)
+
+    differentiated = {name: arrays[name] for name in gradients}
+    if not gradients:
+      out, cotangents = outputs({}), {}
+    else:
+      out, transpose = jax.vjp(outputs, differentiated)
+      keys = jax.random.split(jax.random.key(seed), len(out))
+      (cotangents,) = transpose(tuple(
+        jax.random.normal(key, x.shape).astype(x.dtype) for key, x in zip(keys, out, strict=True)))
+    return {**{f'output {i}': x for i, x in enumerate(out)}, **{f'gradient of {n}': x for n, x in cotangents.items()}}
+
+  def precise(arrays, seed):
+    with jax.default_matmul_precision('highest'):
+      return jax.jit(run)(arrays, seed)
+
+  return precise
+
+
+def grouped_matmul_case(name, sizes, m=48, k=32, n=24, dtype='float32'):
+  def arrays(rng):
+    return {'lhs_MK': _normal(rng, (m, k), dtype), 'rhs_GKN': _normal(rng, (len(sizes), k, n), dtype),
+            'group_sizes_G': np.array(sizes, np.int32)}
+
+  return Case(name, arrays, gradients=('lhs_MK', 'rhs_GKN'), tolerance=TOLERANCE[dtype])
+
+
+def grouped_matmul_fp8_case(name, sizes, m, k, n):
+  def arrays(rng):
+    blocks = -(-k // 128), -(-n // 128)
+    return {'lhs_MK': _normal(rng, (m, k), 'float8_e4m3fn'),
+            'rhs_GKN': _normal(rng, (len(sizes), k, n), 'float8_e4m3fn'),
+            'group_sizes_G': np.array(sizes, np.int32),
+            'lhs_scales': rng.uniform(0.5, 2, (m, blocks[0])).astype(np.float32),
+            'rhs_scales': rng.uniform(0.5, 2, (len(sizes), *blocks)).astype(np.float32)}
+
+  return Case(name, arrays, tolerance=TOLERANCE['bfloat16'])
+
+
+def flash_attention_case(name, t=160, s=160, causal=True, documents=None, dtype='float32', heads=2, h=24, v=16):
+  """documents: lengths of the segments, counted back from the last key and query; None = no segments."""
+  def arrays(rng):
+    segments = {'q_segments': None, 'kv_segments': None}
+    if documents is not None:
+      ids = np.repeat(np.arange(len(documents)), documents)[-max(s, t):].astype(np.int32)
+      # Rows of the batch differ: the second has its boundaries elsewhere.
+      ids = np.stack([ids, np.roll(ids, 7)])
+      segments = {'q_segments': ids[:, -t:], 'kv_segments': ids[:, -s:]}
+    return {'q_BTNH': _normal(rng, (2, t, heads, h), dtype), 'k_BSNH': _normal(rng, (2, s, heads, h), dtype),
+            'v_BSNV': _normal(rng, (2, s, heads, v), dtype), **segments}
+
+  return Case(name, arrays, {'scale': 0.3, 'causal': causal, 'return_lse': True}, ('q_BTNH', 'k_BSNH', 'v_BSNV'),
+              TOLERANCE[dtype])
+
+
+def mla_decode_case(name, lengths, t, max_pages, page=16, heads=4, c=32, r=8, dtype='float32', cache_dtype=None):
+  """Cache rows past each length are NaN, and table entries past the last page point nowhere."""
+  def arrays(rng):
+    batch = len(lengths)
+    pages = _normal(rng, (batch * max_pages + 1, page, c + r), cache_dtype or dtype)
+    table = rng.permutation(batch * max_pages).reshape(batch, max_pages).astype(np.int32)
+    position = np.arange(max_pages * page).reshape(max_pages, page)
+    for b, length in enumerate(lengths):
+      pages[table[b]] = np.where((position < length)[..., None], pages[table[b]], np.nan)
+      table[b, -(-length // page):] = (-1, 1 << 30)[b % 2]
+    return {'q_BTNJ': _normal(rng, (batch, t, heads, c + r), dtype), 'pages_PSJ': pages, 'table_BP': table,
+            'lengths_B': np.array(lengths, np.int32)}
+
+  return Case(name, arrays, {'scale': 0.3, 'value_width': c, 'return_lse': True}, tolerance=TOLERANCE[dtype])
+
+
+def _normal(rng, shape, dtype):
+  return rng.standard_normal(shape, np.float32).astype(getattr(ml_dtypes, dtype, dtype))
+
+
+CASES = {
+  'grouped_matmul': (
+    grouped_matmul_case('uneven groups and a tail', (5, 0, 17, 1, 20)),
+    grouped_matmul_case('groups as large as the rows', (10, 10, 8, 10, 10)),
+    grouped_matmul_case('all rows in the last group', (0, 0, 0, 0, 48)),
+    grouped_matmul_case('no rows at all', (0, 0, 0, 0, 0)),
+    grouped_matmul_case('bfloat16', (5, 0, 17, 1, 20), dtype='bfloat16'),
+    grouped_matmul_case('fewer rows than groups', (0, 1, 0, 0, 1, 0, 0), m=3),
+    grouped_matmul_fp8_case('FP8 with cut blocks', (3, 0, 7), m=12, k=160, n=136),
+  ),
+  'flash_attention': (
+    flash_attention_case('causal'),
+    flash_attention_case('all keys', causal=False),
+    flash_attention_case('packed documents', documents=(50, 3, 107)),
+    flash_attention_case('packed documents, all keys', causal=False, documents=(50, 3, 107)),
+    flash_attention_case('bfloat16', dtype='bfloat16', documents=(50, 3, 107)),
+    flash_attention_case('more keys than queries', t=70, documents=(50, 3, 107)),
+    flash_attention_case('queries that see no key', s=70, documents=(50, 3, 107)),
+    flash_attention_case('one query', t=1),
+  ),
+  'mla_decode': (
+    mla_decode_case('decode, unequal lengths', (1, 250, 16, 0), t=1, max_pages=17),
+    mla_decode_case('verify drafts', (3, 272, 2, 40), t=3, max_pages=17),
+    mla_decode_case('short table', (3, 40), t=2, max_pages=3),
+    mla_decode_case('bfloat16', (3, 272, 2, 40), t=3, max_pages=17, dtype='bfloat16'),
+    mla_decode_case('bfloat16 cache, float32 queries', (3, 40), t=2, max_pages=3, cache_dtype='bfloat16'),
+  ),
+}

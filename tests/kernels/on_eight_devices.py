@@ -1,0 +1,102 @@
+"""The ops inside jax.shard_map with check_vma, and under automatic partitioning, on eight CPU devices.
+
+Run by test_dispatch.py in a process of its own. Each op must give, values and gradients, what the reference gives on
+the pieces put together, whatever each operand is replicated over.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import flash_attention, grouped_matmul, mla_decode, testing
+
+MESH = jax.make_mesh((4, 2), ('data', 'expert'), axis_types=(AxisType.Auto,) * 2)
+
+
+def per_shard(function, in_specs, out_specs):
+  return jax.jit(jax.shard_map(function, mesh=MESH, in_specs=in_specs, out_specs=out_specs, check_vma=True))
+
+
+def close(actual, expected):
+  jax.tree.map(lambda x, y: testing.assert_close('sharded', x, y, 2e-5), actual, expected)
+
+
+def grouped_matmul_with_replicated_weights(implementation):
+  # Rows on every device, the experts' weights on the expert axis alone: their gradient is a sum over data.
+  rng = np.random.default_rng(0)
+  lhs_MK, rhs_GKN = rng.normal(size=(8 * 6, 4)).astype('f'), rng.normal(size=(2 * 3, 4, 5)).astype('f')
+  sizes = rng.integers(0, 3, (8, 3)).astype('i')
+
+  def sharded(lhs_MK, rhs_GKN):
+    def local(lhs_MK, rhs_GKN, sizes):
+      return jnp.sin(grouped_matmul(lhs_MK, rhs_GKN, sizes[0], implementation=implementation))
+
+    both = P(('data', 'expert'))
+    return per_shard(local, (both, P('expert'), both), both)(lhs_MK, rhs_GKN, sizes).sum()
+
+  def local_sum(lhs_MK, rhs_GKN, sizes):
+    # The gradient taken inside the shards, where cotangents have varying types of their own.
+    loss = lambda *x: jnp.sin(grouped_matmul(*x, sizes[0], implementation=implementation)).sum()
+    return jax.grad(loss, (0, 1))(lhs_MK, rhs_GKN)
+
+  def whole(lhs_MK, rhs_GKN):
+    y = [grouped_matmul(lhs, rhs_GKN[3 * (i % 2):][:3], sizes[i], implementation='reference')
+         for i, lhs in enumerate(jnp.split(lhs_MK, 8))]
+    return jnp.sin(jnp.concatenate(y)).sum()
+
+  expected = jax.jit(jax.value_and_grad(whole, (0, 1)))(lhs_MK, rhs_GKN)
+  close(jax.value_and_grad(sharded, (0, 1))(lhs_MK, rhs_GKN), expected)
+  both = P(('data', 'expert'))
+  close(per_shard(local_sum, (both, P('expert'), both), (both, P('expert')))(lhs_MK, rhs_GKN, sizes), expected[1])
+
+
+def attention_with_segments(implementation):
+  # Batch over data, heads over expert; segments vary over data alone, and the keys of all heads are the same array.
+  case = testing.flash_attention_case('sharded', t=70, s=70, documents=(30, 40))
+  arrays = case.arrays(np.random.default_rng(1))
+  q_BTNH, k_BSNH, v_BSNV, segments = (np.concatenate([arrays[n]] * 2) for n in (
+    'q_BTNH', 'k_BSNH', 'v_BSNV', 'q_segments'))
+  k_BS1H = k_BSNH[:, :, :1]
+
+  def local(q_BTNH, k_BS1H, v_BSNV, segments, implementation):
+    k_BSNH = jnp.broadcast_to(k_BS1H, (*k_BS1H.shape[:2], q_BTNH.shape[2], k_BS1H.shape[3]))
+    return flash_attention(q_BTNH, k_BSNH, v_BSNV, scale=0.3, q_segments=segments, kv_segments=segments,
+                           return_lse=True, implementation=implementation)
+
+  heads = P('data', None, 'expert')
+  run = per_shard(functools.partial(local, implementation=implementation), (heads, P('data'), heads, P('data')), heads)
+  loss = lambda f: lambda *qkv: sum(jnp.sin(x).sum() for x in f(*qkv, segments))
+  close(jax.value_and_grad(loss(run), (0, 1, 2))(q_BTNH, k_BS1H, v_BSNV),
+        jax.jit(jax.value_and_grad(loss(functools.partial(local, implementation='reference')), (0, 1, 2)))(
+          q_BTNH, k_BS1H, v_BSNV))
+
+
+def decode_with_replicated_pages(implementation):
+  case = testing.mla_decode_case('sharded', (3, 272, 2, 40), t=2, max_pages=17)
+  arrays = case.arrays(np.random.default_rng(2))
+  options = {**case.options, 'implementation': implementation}
+  heads = P('data', None, 'expert')
+  run = per_shard(lambda q, pages, table, lengths: mla_decode(q, pages, table, lengths, **options),
+                  (heads, P(), P('data'), P('data')), heads)
+  close(run(*arrays.values()), mla_decode(**arrays, **{**options, 'implementation': 'reference'}))
+
+
+def attention_partitions_over_the_batch():
+  batch = jax.NamedSharding(MESH, P('data'))
+  qkv = [jax.ShapeDtypeStruct((8, 160, 2, 16), jnp.float32, sharding=batch)] * 3
+  loss = lambda *qkv: flash_attention(*qkv, scale=0.3).sum()
+  text = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=batch).lower(*qkv).compile().as_text()
+  for collective in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute'):
+    assert collective not in text, f'attention over a sharded batch moves data: {collective}'
+
+
+assert len(jax.devices()) == 8
+for check, op in ((grouped_matmul_with_replicated_weights, grouped_matmul), (attention_with_segments, flash_attention),
+                  (decode_with_replicated_pages, mla_decode)):
+  for name in op.implementations():
+    check(name)
+attention_partitions_over_the_batch()

@@ -1,0 +1,101 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import flash_attention, testing
+from pallas_kernels.flash_attention import xla
+
+FASTER = [name for name in flash_attention.implementations() if name != 'reference']
+
+
+def oracle(q_BTNH, k_BSNH, v_BSNV, scale, causal, q_segments=None, kv_segments=None):
+  (b, t, n, _), s = q_BTNH.shape, k_BSNH.shape[1]
+  o_BTNV, lse_BTN = np.zeros((b, t, n, v_BSNV.shape[3])), np.full((b, t, n), -np.inf)
+  for i, j, h in np.ndindex(b, t, n):
+    seen = [key for key in range(s) if (not causal or key <= j + s - t)
+            and (q_segments is None or q_segments[i, j] == kv_segments[i, key])]
+    if seen:
+      weights = np.exp(scale * (k_BSNH[i, seen, h].astype(np.float64) @ q_BTNH[i, j, h]))
+      o_BTNV[i, j, h] = weights @ v_BSNV[i, seen, h] / weights.sum()
+      lse_BTN[i, j, h] = np.log(weights.sum())
+  return o_BTNV, lse_BTN
+
+
+def operands(b=2, t=5, s=5, n=2, h=4, v=3):
+  rng = np.random.default_rng(1)
+  return tuple(rng.normal(size=shape).astype(np.float32) for shape in ((b, t, n, h), (b, s, n, h), (b, s, n, v)))
+
+
+@pytest.mark.parametrize(('t', 's'), [(5, 5), (3, 5), (5, 3)])
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('packed', [True, False])
+def test_reference_is_query_by_query(t, s, causal, packed):
+  qkv = operands(t=t, s=s)
+  ids = np.array([[0, 0, 1, 1, 2], [3, 3, 3, 1, 1]], np.int32)
+  segments = (ids[:, :t], ids[:, -s:]) if packed else (None, None)
+  out = flash_attention(*qkv, scale=0.7, causal=causal, q_segments=segments[0], kv_segments=segments[1],
+                        return_lse=True, implementation='reference')
+  for actual, expected in zip(out, oracle(*qkv, 0.7, causal, *segments), strict=True):
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('implementation', FASTER)
+@pytest.mark.parametrize('case', testing.CASES['flash_attention'], ids=str)
+def test_matches_reference(implementation, case):
+  testing.check(flash_attention, implementation, case)
+
+
+def test_scanned_blocks_match_unrolled_ones(monkeypatch):
+  # 160 queries are spans of 64, 64 and 32; these scores allow 16 queries at a time.
+  monkeypatch.setattr(xla, 'SCORE_BYTES', 4 * 2 * 2 * 160 * 16)
+  assert xla._block_size(64, 4 * 2 * 2 * 160) == 16
+  # A name of its own: `testing` keeps one compiled program an op, and this one differs from the unrolled one.
+  def scanned(**arguments):
+    return flash_attention(**arguments)
+
+  testing.check(scanned, 'xla', testing.flash_attention_case('scanned', documents=(50, 3, 107)))
+
+
+@pytest.mark.parametrize('t', [1, 63, 64, 200, 512, 1000, 4096])
+def test_spans_cover_every_query_once(t):
+  spans = xla._spans(t)
+  assert [i for start, end in spans for i in range(start, end)] == list(range(t))
+  assert len(spans) <= xla.SPANS + 1
+
+
+@pytest.mark.parametrize('implementation', flash_attention.implementations())
+def test_query_without_keys_has_zero_gradients(implementation):
+  q_BTNH, k_BSNH, v_BSNV = operands(t=4, s=2)  # aligned to the end: queries 0 and 1 come before the first key
+
+  def loss(q_BTNH, k_BSNH, v_BSNV):
+    o_BTNV, lse_BTN = flash_attention(q_BTNH, k_BSNH, v_BSNV, scale=0.7, return_lse=True, implementation=implementation)
+    return (o_BTNV ** 2).sum() + jnp.exp(lse_BTN).sum()
+
+  dq_BTNH, dk_BSNH, dv_BSNV = jax.jit(jax.grad(loss, (0, 1, 2)))(q_BTNH, k_BSNH, v_BSNV)
+  assert not dq_BTNH[:, :2].any() and dq_BTNH[:, 2:].any()
+  assert np.isfinite(dk_BSNH).all() and np.isfinite(dv_BSNV).all()
+
+
+def test_no_array_is_as_large_as_the_scores():
+  def temporaries(t):
+    qkv = [jax.ShapeDtypeStruct((4, t, 2, 32), jnp.float32)] * 3
+    step = jax.jit(jax.grad(lambda *qkv: flash_attention(*qkv, scale=1.0, implementation='xla').sum(), (0, 1, 2)))
+    return step.lower(*qkv).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries(1024) < 4 * 4 * 2 * 1024 * 1024
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+  ({'k_BSNH': np.ones((2, 5, 1, 4), np.float32)}, 'repeat shared key and value heads first'),
+  ({'v_BSNV': np.ones((2, 4, 2, 3), np.float32)}, r'v \(2, 4, 2, 3\) must be'),
+  ({'k_BSNH': np.ones((5, 2, 4), np.float32)}, r'k \(5, 2, 4\), v .* must be'),
+  ({'v_BSNV': np.ones((2, 5, 2, 3), np.float16)}, 'float32, float32, float16; cast to one dtype'),
+  ({'q_segments': np.zeros((2, 5), np.int32)}, 'go together'),
+  ({'q_segments': np.zeros((2, 5), np.int32), 'kv_segments': np.zeros((2, 4), np.int32)},
+   r'kv_segments is int32\[2, 4\] and must be integers \[2, 5\]'),
+])
+def test_bad_operands(change, message):
+  q_BTNH, k_BSNH, v_BSNV = operands()
+  with pytest.raises(ValueError, match=message):
+    flash_attention(**{'q_BTNH': q_BTNH, 'k_BSNH': k_BSNH, 'v_BSNV': v_BSNV, **change}, scale=1.0)

@@ -1,0 +1,138 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import grouped_matmul, testing
+
+FASTER = [name for name in grouped_matmul.implementations() if name != 'reference']
+
+
+def oracle(lhs_MK, rhs_GKN, sizes):
+  group = np.repeat(np.arange(len(sizes)), sizes)
+  y_MN = np.zeros((lhs_MK.shape[0], rhs_GKN.shape[2]))
+  for m, g in enumerate(group):
+    y_MN[m] = lhs_MK[m].astype(np.float64) @ rhs_GKN[g].astype(np.float64)
+  return y_MN
+
+
+def operands(m=6, k=4, n=3, groups=3, dtype=np.float32):
+  rng = np.random.default_rng(1)
+  return rng.normal(size=(m, k)).astype(dtype), rng.normal(size=(groups, k, n)).astype(dtype)
+
+
+@pytest.mark.parametrize('sizes', [(2, 0, 3), (0, 6, 0), (0, 0, 0)])
+def test_reference_is_row_by_row(sizes):
+  lhs_MK, rhs_GKN = operands()
+  y_MN = grouped_matmul(lhs_MK, rhs_GKN, jnp.array(sizes), implementation='reference')
+  np.testing.assert_allclose(y_MN, oracle(lhs_MK, rhs_GKN, sizes), atol=1e-5)
+
+
+def test_reference_scales_fp8_blocks():
+  rng = np.random.default_rng(2)
+  m, k, n = 3, 130, 129
+  lhs_MK, rhs_GKN = (rng.normal(size=s).astype(ml_dtypes.float8_e4m3fn) for s in ((m, k), (2, k, n)))
+  lhs_scales, rhs_scales = (rng.uniform(0.5, 2, s).astype(np.float32) for s in ((m, 2), (2, 2, 2)))
+  y_MN = grouped_matmul(lhs_MK, rhs_GKN, jnp.array([1, 2]), lhs_scales, rhs_scales, out_dtype='float32',
+                        implementation='reference')
+  for row, column, g in ((0, 0, 0), (0, 128, 0), (1, 127, 1), (2, 128, 1)):
+    expected = sum(float(lhs_MK[row, i]) * lhs_scales[row, i // 128]
+                   * float(rhs_GKN[g, i, column]) * rhs_scales[g, i // 128, column // 128] for i in range(k))
+    np.testing.assert_allclose(y_MN[row, column], expected, rtol=1e-4, atol=1e-3)
+  assert grouped_matmul(lhs_MK, rhs_GKN, jnp.array([1, 2]), lhs_scales, rhs_scales).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('implementation', FASTER)
+@pytest.mark.parametrize('case', testing.CASES['grouped_matmul'], ids=str)
+def test_matches_reference(implementation, case):
+  testing.check(grouped_matmul, implementation, case)
+
+
+@pytest.mark.parametrize('implementation', FASTER)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(cuts=st.lists(st.integers(0, 48), min_size=5, max_size=5))
+def test_any_group_sizes(implementation, cuts):
+  sizes = tuple(np.diff([0, *sorted(cuts)]).tolist())
+  testing.check(grouped_matmul, implementation, testing.grouped_matmul_case(str(sizes), sizes))
+
+
+@pytest.mark.parametrize('implementation', ['reference', *FASTER])
+def test_other_groups_and_the_tail_do_not_leak(implementation):
+  # Rows 3.. belong to nobody and group 1 has no rows: NaN in either reaches neither output nor gradients.
+  lhs_MK, rhs_GKN = operands()
+  clean = lhs_MK.copy(), rhs_GKN.copy()
+  lhs_MK[3:], rhs_GKN[1] = np.nan, np.nan
+  sizes = jnp.array([2, 0, 1])
+
+  def loss(lhs_MK, rhs_GKN):
+    return (grouped_matmul(lhs_MK, rhs_GKN, sizes, implementation=implementation) ** 2).sum()
+
+  assert_equal = functools.partial(np.testing.assert_allclose, atol=1e-5)
+  y_MN = grouped_matmul(lhs_MK, rhs_GKN, sizes, implementation=implementation)
+  assert_equal(y_MN, oracle(*clean, sizes))
+  if implementation == 'reference':
+    return  # jax's own transpose multiplies NaN by 0; the reference's gradients are for finite operands
+  jax.tree.map(assert_equal, jax.grad(loss, (0, 1))(lhs_MK, rhs_GKN), jax.grad(loss, (0, 1))(*clean))
+
+
+def test_inside_scan_and_checkpoint():
+  lhs_MK, rhs_GKN = operands(m=6, k=4, n=4)
+  weights_LGKN = np.stack([rhs_GKN, 0.5 * rhs_GKN])
+
+  def loss(weights_LGKN, implementation):
+    @jax.checkpoint
+    def layer(x_MK, rhs_GKN):
+      return jnp.tanh(grouped_matmul(x_MK, rhs_GKN, jnp.array([2, 1, 2]), implementation=implementation)), None
+
+    return (jax.lax.scan(layer, jnp.asarray(lhs_MK), weights_LGKN)[0] ** 2).sum()
+
+  grads = [jax.jit(jax.grad(loss), static_argnums=1)(weights_LGKN, name) for name in (None, 'reference')]
+  testing.assert_close('gradient', *grads, 2e-5)
+
+
+def test_float32_output_of_bfloat16_operands_is_not_rounded():
+  lhs_MK, rhs_GKN = operands(dtype=ml_dtypes.bfloat16)
+  sizes = (2, 0, 3)
+  for name in grouped_matmul.implementations():
+    y_MN = grouped_matmul(lhs_MK, rhs_GKN, jnp.array(sizes), out_dtype=jnp.float32, implementation=name)
+    assert y_MN.dtype == jnp.float32
+    np.testing.assert_allclose(y_MN, oracle(lhs_MK, rhs_GKN, sizes), atol=1e-5)
+
+
+def test_flops_follow_the_rows_not_the_experts():
+  def flops(groups):
+    lhs_MK, rhs_GKN = operands(m=512, k=32, n=32, groups=groups)
+    sizes = jnp.full(groups, 512 // groups)
+    cost = jax.jit(lambda *x: grouped_matmul(*x, implementation='xla')).lower(lhs_MK, rhs_GKN, sizes).compile()
+    return cost.cost_analysis()['flops']
+
+  # cost_analysis counts a loop's body once: one visit, whose tile shrinks with the mean group.
+  assert flops(64) < flops(4)
+
+
+def test_fp8_has_no_gradients():
+  lhs_MK, rhs_GKN = operands(dtype=ml_dtypes.float8_e4m3fn)
+  scales = np.ones((6, 1), np.float32), np.ones((3, 1, 1), np.float32)
+  with pytest.raises(NotImplementedError, match='no gradients for FP8'):
+    jax.grad(lambda s: grouped_matmul(lhs_MK, rhs_GKN, jnp.array([1, 2, 3]), s, scales[1]).sum().astype('float32'))(
+      scales[0])
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+  ({'rhs_GKN': np.ones((3, 5, 3), np.float32)}, r'lhs \(6, 4\) and rhs \(3, 5, 3\) must be'),
+  ({'group_sizes_G': np.ones(2, np.int32)}, r'group_sizes is int32\[2\] and must be integers \[3\]'),
+  ({'group_sizes_G': np.ones(3, np.float32)}, r'group_sizes is float32\[3\]'),
+  ({'rhs_GKN': np.ones((3, 4, 3), np.float16)}, 'lhs is float32 and rhs float16'),
+  ({'lhs_scales': np.ones((6, 1), np.float32)}, 'scales belong to FP8'),
+  ({'lhs_MK': np.ones((6, 4), ml_dtypes.float8_e4m3fn), 'rhs_GKN': np.ones((3, 4, 3), ml_dtypes.float8_e4m3fn)},
+   r'lhs_scales is None and must be \[6, 1\]'),
+])
+def test_bad_operands(change, message):
+  lhs_MK, rhs_GKN = operands()
+  with pytest.raises(ValueError, match=message):
+    grouped_matmul(**{'lhs_MK': lhs_MK, 'rhs_GKN': rhs_GKN, 'group_sizes_G': np.ones(3, np.int32), **change})

@@ -1,0 +1,25 @@
+"""Trains a model: python train.py --config=configs/tiny.py --workdir=runs/demo [--config.training.steps=200 ...]"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from mla_jax import command_line, report
+from mla_jax.training import loop
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; any setting: --config.training.steps=200')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints, metrics and the report go; resumed if it has some')
+INIT_FROM = flags.DEFINE_string('init_from', '', 'A Hugging Face directory or another workdir to take weights from')
+ALLOW_OLDER = flags.DEFINE_bool('allow_older_checkpoint', False,
+                                'Continue from an older checkpoint if the newest is damaged')
+DEBUG = flags.DEFINE_bool('debug', False, 'Show stack traces')
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def main(_):
+  code = loop.train(CONFIG.value, WORKDIR.value, init_from=INIT_FROM.value, allow_older_checkpoint=ALLOW_OLDER.value)
+  print(f'report: {report.write(WORKDIR.value)}')
+  return code
+
+
+if __name__ == '__main__':
+  command_line.run(main, CONFIG)
