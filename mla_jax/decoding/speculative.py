@@ -100,7 +100,7 @@ def prefill(model: Transformer, plan: Plan, tokens_BS, length_B, end_B, sampling
       cache=cache, tokens_BS=tokens_BS, logprob_BS=jnp.zeros(tokens_BS.shape, jnp.float32),
       other_ids_BSA=jnp.zeros(others, jnp.int32), other_logprobs_BSA=jnp.zeros(others, jnp.float32),
       length_B=length_B, end_B=end_B, done_B=jnp.zeros(batch, bool), sampling=sampling, eos=eos,
-      trail_BTD=jnp.zeros((batch, 0, config.hidden_size), dtype), q_BTW=jnp.zeros((batch, 0, width), jnp.float32),
+      trail_BTD=hidden_BTD[:, :0], q_BTW=jnp.zeros((batch, 0, width), jnp.float32),
       tally=Tally(count, count, *jnp.zeros((2, plan.drafts), jnp.int32)))
   state, _ = _accept(model, plan, state, hidden_BTD[:, -1:])
   return _propose(model, plan, state, hidden_BTD, length_B, form='expanded', fresh=True)
@@ -170,25 +170,36 @@ def _propose(model: Transformer, plan: Plan, state: State, hidden_BTD, window_en
     slot_B = state.length_B - 2 - start_B  # of the position before the newest
     trail = min(modules, plan.drafts) - 1
     trail_BTD = _take(hidden_BTD, slot_B - trail + 1, trail)
-    tokens_BS, cache, q = state.tokens_BS, state.cache, []
-    for d in range(1, plan.drafts + 1):
-      if d <= modules:
-        hidden_BTD, cache = model.mtp_cached(d, hidden_BTD, _take(tokens_BS, start_B + d, length), cache, window_end_B,
-                                             jnp.minimum(window_end_B, length), form=form, fresh=fresh)
-        last_B1D = _take(hidden_BTD, slot_B, 1)
-      else:
-        position_B = state.length_B - 2 + d - modules
-        last_B1D, cache = model.mtp_cached(modules, last_B1D, _take(tokens_BS, position_B + modules, 1), cache,
-                                           position_B + 1, form=plan.form)
-      logits_B1W = model.logits(last_B1D)
-      place_B = state.length_B + d - 1
+    batch, width = len(state.length_B), model.config.vocab_size if plan.sampled else 0
+    q_BTW = jnp.zeros((batch, plan.drafts, width), jnp.float32)
+
+    def draft(d, hidden_B1D, tokens_BS, q_BTW):
+      """Chooses draft d from the hidden state that predicts it."""
+      logits_B1W, place_B = model.logits(hidden_B1D), state.length_B + d - 1
       if plan.sampled:
-        q.append(distribution(logits_B1W, state.sampling))
-        draft_B = draw(q[-1][:, 0], state.sampling.seed_B, place_B, DRAFT)
+        p_B1W = distribution(logits_B1W, state.sampling)
+        q_BTW = jax.lax.dynamic_update_slice_in_dim(q_BTW, p_B1W, d - 1, axis=1)
+        draft_B = draw(p_B1W[:, 0], state.sampling.seed_B, place_B, DRAFT)
       else:
         draft_B = logits_B1W[:, 0].argmax(-1).astype(jnp.int32)
-      tokens_BS = tokens_BS.at[jnp.arange(len(tokens_BS)), place_B].set(draft_B)
-    q_BTW = jnp.concatenate(q, axis=1) if plan.sampled else state.q_BTW
+      return tokens_BS.at[jnp.arange(batch), place_B].set(draft_B), q_BTW
+
+    def reapply(d, carry):
+      cache, tokens_BS, q_BTW, hidden_B1D = carry
+      position_B = state.length_B - 2 + d - modules
+      hidden_B1D, cache = model.mtp_cached(modules, hidden_B1D, _take(tokens_BS, position_B + modules, 1), cache,
+                                           position_B + 1, form=plan.form)
+      return cache, *draft(d, hidden_B1D, tokens_BS, q_BTW), hidden_B1D
+
+    cache, tokens_BS = state.cache, state.tokens_BS
+    for d in range(1, trail + 2):
+      hidden_BTD, cache = model.mtp_cached(d, hidden_BTD, _take(tokens_BS, start_B + d, length), cache, window_end_B,
+                                           jnp.minimum(window_end_B, length), form=form, fresh=fresh)
+      last_B1D = _take(hidden_BTD, slot_B, 1)
+      tokens_BS, q_BTW = draft(d, last_B1D, tokens_BS, q_BTW)
+    if plan.drafts > modules:
+      cache, tokens_BS, q_BTW, _ = jax.lax.fori_loop(modules + 1, plan.drafts + 1, reapply,
+                                                     (cache, tokens_BS, q_BTW, last_B1D))
     return dataclasses.replace(state, tokens_BS=tokens_BS, cache=cache, trail_BTD=trail_BTD, q_BTW=q_BTW)
 
 

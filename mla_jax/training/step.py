@@ -57,7 +57,7 @@ def train_step(config: Config, optimizer: optax.GradientTransformation):
     grads, sums = gradients(state, batch, counts, controls.mtp_loss_weight)
     value, parts = loss.total(sums, counts, controls.mtp_loss_weight, model.aux_loss_alpha)
     with jax.named_scope('optimizer'):
-      norm = optax.global_norm(grads)
+      norm = optax.tree.norm(grads)
       finite = jnp.isfinite(norm)
       updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
       params = jax.tree.map(lambda w, u: w - controls.learning_rate * u, state.params, updates)

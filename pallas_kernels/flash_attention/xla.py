@@ -18,11 +18,12 @@ def forward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal):
   """(o_BTNV, lse_BTN)."""
   grid = _Grid(q_BTNH, k_BSNH, causal)
   q_BNTH, k_BNSH, v_BNSV = grid.queries(q_BTNH), grid.keys(k_BSNH), grid.keys(v_BSNV)
+  segments = q_segments if q_segments is None else (grid.queries(q_segments), grid.keys(kv_segments))
 
   def pair(carry, starts):
     max_BNT, total_BNT, o_BNTV = carry
     q_rows, k_rows = grid.rows(starts)
-    scores = grid.scores(starts, q_BNTH, k_BNSH, q_segments, kv_segments, scale)
+    scores = grid.scores(starts, q_BNTH, k_BNSH, segments, scale)
     old_max = q_rows(max_BNT)
     new_max = jnp.maximum(old_max, scores.max(-1))
     base = jnp.where(new_max == -jnp.inf, 0, new_max)  # a row that has seen no key yet: exp(-inf - 0) = 0
@@ -44,6 +45,7 @@ def backward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal, o_B
   """(dq_BTNH, dk_BSNH, dv_BSNV)."""
   grid = _Grid(q_BTNH, k_BSNH, causal)
   q_BNTH, k_BNSH, v_BNSV = grid.queries(q_BTNH), grid.keys(k_BSNH), grid.keys(v_BSNV)
+  segments = q_segments if q_segments is None else (grid.queries(q_segments), grid.keys(kv_segments))
   do_BNTV = grid.queries(do_BTNV)
   # d score = p (do.v - do.o + dlse): the softmax's own two terms and the log-sum-exp's, whose gradient is p.
   shift_BNT = grid.queries(dlse_BTN - _dot('BTNV,BTNV->BTN', do_BTNV, o_BTNV))
@@ -52,7 +54,7 @@ def backward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal, o_B
   def pair(carry, starts):
     dq_BNTH, dk_BNSH, dv_BNSV = carry
     q_rows, k_rows = grid.rows(starts)
-    scores = grid.scores(starts, q_BNTH, k_BNSH, q_segments, kv_segments, scale)
+    scores = grid.scores(starts, q_BNTH, k_BNSH, segments, scale)
     p = jnp.exp(scores - q_rows(lse_BNT)[..., None])
     dp = _dot('BNTV,BNSV->BNTS', q_rows(do_BNTV), k_rows(v_BNSV))
     ds = (p * (dp + q_rows(shift_BNT)[..., None]) * scale).astype(q_BNTH.dtype)
@@ -73,7 +75,7 @@ def _dot(equation, a, b):
 
 
 class _Grid:
-  """How queries and keys are cut into blocks. Arrays are padded with zeros to whole blocks, heads before positions."""
+  """Queries and keys cut into blocks: which pairs of blocks are computed, and what a pair's scores are."""
 
   def __init__(self, q_BTNH, k_BSNH, causal):
     self.t, self.s, self.causal = q_BTNH.shape[1], k_BSNH.shape[1], causal
@@ -81,44 +83,46 @@ class _Grid:
     block = BLOCK[dispatch.platform(q_BTNH)]
     self.q_block, self.k_block = (-(-n // -(-n // block)) for n in (self.t, self.s))
 
-  def queries(self, x_BTN, axis=1):
-    return self._padded(x_BTN, axis, -self.t % self.q_block)
+  def queries(self, x_BTN):
+    """An array with an axis of queries, heads before positions, padded with zeros to whole blocks."""
+    return _heads_first(x_BTN, -self.t % self.q_block)
 
-  def keys(self, x_BSN, axis=1):
-    return self._padded(x_BSN, axis, -self.s % self.k_block)
-
-  def _padded(self, x, axis, amount):
-    x = jnp.pad(x, [(0, amount if i == axis else 0) for i in range(x.ndim)])
-    return x.swapaxes(1, 2) if x.ndim > 2 else x
-
-  def rows(self, starts, axis=2):
-    """q_rows, k_rows: each slices the pair's block of an array, or writes it."""
-    def rows(start, size):
-      def slice_or_write(x, new=None):
-        if new is None:
-          return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-        return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis)
-      return slice_or_write
-
-    return rows(starts[0], self.q_block), rows(starts[1], self.k_block)
-
-  def scores(self, starts, q_BNTH, k_BNSH, q_segments, kv_segments, scale):
-    q_rows, k_rows = self.rows(starts)
-    scores_BNTS = scale * _dot('BNTH,BNSH->BNTS', q_rows(q_BNTH), k_rows(k_BNSH))
-    key = starts[1] + jnp.arange(self.k_block)
-    last = self.s - 1
-    if self.causal:
-      last = jnp.minimum(starts[0] + jnp.arange(self.q_block) + self.s - self.t, last)[:, None]
-    sees_BTS = (key <= last)[None]
-    if q_segments is not None:
-      q_rows, k_rows = self.rows(starts, axis=1)
-      same_BTS = q_rows(self.queries(q_segments))[:, :, None] == k_rows(self.keys(kv_segments))[:, None]
-      sees_BTS = sees_BTS & same_BTS
-    return jnp.where(sees_BTS[:, None], scores_BNTS, -jnp.inf)
+  def keys(self, x_BSN):
+    return _heads_first(x_BSN, -self.s % self.k_block)
 
   def scan(self, pair, carry):
+    """carry after pair(carry, (q_start, k_start)) for all pairs with a visible key."""
     starts = [(i, j) for i in range(0, self.t, self.q_block) for j in range(0, self.s, self.k_block)
               if not self.causal or j < i + self.q_block + self.s - self.t]
-    q_starts, k_starts = np.array(starts, np.int32).T
-    carry, _ = jax.lax.scan(pair, dispatch.vary(carry, self.varying), (q_starts, k_starts))
+    carry, _ = jax.lax.scan(pair, dispatch.vary(carry, self.varying), tuple(np.array(starts, np.int32).T))
     return carry
+
+  def rows(self, starts, axis=2):
+    """(q_rows, k_rows): f(x) slices the pair's block of x, f(x, new) writes it."""
+    return _rows(starts[0], self.q_block, axis), _rows(starts[1], self.k_block, axis)
+
+  def scores(self, starts, q_BNTH, k_BNSH, segments, scale):
+    q_rows, k_rows = self.rows(starts)
+    scores_BNTS = scale * _dot('BNTH,BNSH->BNTS', q_rows(q_BNTH), k_rows(k_BNSH))
+    last_T1 = self.s - 1
+    if self.causal:
+      last_T1 = jnp.minimum(starts[0] + jnp.arange(self.q_block)[:, None] + self.s - self.t, last_T1)
+    sees_BTS = (starts[1] + jnp.arange(self.k_block) <= last_T1)[None]
+    if segments is not None:
+      q_rows, k_rows = self.rows(starts, axis=1)
+      sees_BTS &= q_rows(segments[0])[:, :, None] == k_rows(segments[1])[:, None]
+    return jnp.where(sees_BTS[:, None], scores_BNTS, -jnp.inf)
+
+
+def _heads_first(x, padding):
+  x = jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)])
+  return x.swapaxes(1, 2) if x.ndim > 2 else x
+
+
+def _rows(start, size, axis):
+  def slice_or_write(x, new=None):
+    if new is None:
+      return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis)
+
+  return slice_or_write

@@ -13,14 +13,14 @@ _FP8 = ('float8_e4m3fn', 'float8_e5m2')
 
 def differentiable(kernels):
   """An implementation whose gradients are two more kernels: `forward`, `lhs_gradient` and `rhs_gradient`."""
-  @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-  def run(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype):
-    return kernels.forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype)
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+  def run(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype, zero_tail):
+    return kernels.forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype, zero_tail)
 
-  def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype):
-    return run(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype), (lhs_MK, rhs_GKN, group_sizes_G)
+  def forward(*operands_and_options):
+    return run(*operands_and_options), operands_and_options[:3]
 
-  def backward(out_dtype, saved, dy_MN):
+  def backward(_out_dtype, _zero_tail, saved, dy_MN):
     lhs_MK, rhs_GKN, group_sizes_G = saved
     dy_MN = dy_MN.astype(lhs_MK.dtype)
     dlhs_MK = kernels.lhs_gradient(dy_MN, rhs_GKN, group_sizes_G, lhs_MK.dtype)
@@ -63,7 +63,7 @@ def grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales=None, rhs_scales=N
   if fp8:
     operands = _without_gradients(operands)
   with jax.named_scope('grouped_matmul'):
-    return run(*operands, out_dtype)
+    return run(*operands, out_dtype, bool(zero_tail))
 
 
 @jax.custom_jvp

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul.scales import dequantise
 
 
-def grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype):
+def grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype, zero_tail):
+  del zero_tail  # the tail belongs to no group and is zero anyway
   if lhs_scales is not None:
     lhs_MK, rhs_GKN = dequantise(lhs_MK, lhs_scales, (1, 128)), dequantise(rhs_GKN, rhs_scales, (1, 128, 128))
   ends_G = jnp.cumsum(group_sizes_G)

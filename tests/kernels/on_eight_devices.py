@@ -40,7 +40,9 @@ def grouped_matmul_with_replicated_weights(implementation):
 
   def local_sum(lhs_MK, rhs_GKN, sizes):
     # The gradient taken inside the shards, where cotangents have varying types of their own.
-    loss = lambda *x: jnp.sin(grouped_matmul(*x, sizes[0], implementation=implementation)).sum()
+    def loss(lhs_MK, rhs_GKN):
+      return jnp.sin(grouped_matmul(lhs_MK, rhs_GKN, sizes[0], implementation=implementation)).sum()
+
     return jax.grad(loss, (0, 1))(lhs_MK, rhs_GKN)
 
   def whole(lhs_MK, rhs_GKN):
@@ -49,14 +51,14 @@ def grouped_matmul_with_replicated_weights(implementation):
     return jnp.sin(jnp.concatenate(y)).sum()
 
   expected = jax.jit(jax.value_and_grad(whole, (0, 1)))(lhs_MK, rhs_GKN)
-  close(jax.value_and_grad(sharded, (0, 1))(lhs_MK, rhs_GKN), expected)
+  close(jax.jit(jax.value_and_grad(sharded, (0, 1)))(lhs_MK, rhs_GKN), expected)
   both = P(('data', 'expert'))
   close(per_shard(local_sum, (both, P('expert'), both), (both, P('expert')))(lhs_MK, rhs_GKN, sizes), expected[1])
 
 
 def attention_with_segments(implementation):
   # Batch over data, heads over expert; segments vary over data alone, and the keys of all heads are the same array.
-  case = testing.flash_attention_case('sharded', t=70, s=70, documents=(30, 40))
+  case = testing.flash_attention_case('sharded', documents=(30, 45))
   arrays = case.arrays(np.random.default_rng(1))
   q_BTNH, k_BSNH, v_BSNV, segments = (np.concatenate([arrays[n]] * 2) for n in (
     'q_BTNH', 'k_BSNH', 'v_BSNV', 'q_segments'))
@@ -69,10 +71,13 @@ def attention_with_segments(implementation):
 
   heads = P('data', None, 'expert')
   run = per_shard(functools.partial(local, implementation=implementation), (heads, P('data'), heads, P('data')), heads)
-  loss = lambda f: lambda *qkv: sum(jnp.sin(x).sum() for x in f(*qkv, segments))
-  close(jax.value_and_grad(loss(run), (0, 1, 2))(q_BTNH, k_BS1H, v_BSNV),
-        jax.jit(jax.value_and_grad(loss(functools.partial(local, implementation='reference')), (0, 1, 2)))(
-          q_BTNH, k_BS1H, v_BSNV))
+  def value_and_gradients(attention):
+    def loss(*qkv):
+      return sum(jnp.sin(x).sum() for x in attention(*qkv, segments))
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q_BTNH, k_BS1H, v_BSNV)
+
+  close(value_and_gradients(run), value_and_gradients(functools.partial(local, implementation='reference')))
 
 
 def decode_with_replicated_pages(implementation):
@@ -88,8 +93,8 @@ def decode_with_replicated_pages(implementation):
 def attention_partitions_over_the_batch():
   batch = jax.NamedSharding(MESH, P('data'))
   qkv = [jax.ShapeDtypeStruct((8, 160, 2, 16), jnp.float32, sharding=batch)] * 3
-  loss = lambda *qkv: flash_attention(*qkv, scale=0.3).sum()
-  text = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=batch).lower(*qkv).compile().as_text()
+  gradient = jax.grad(lambda *qkv: flash_attention(*qkv, scale=0.3).sum(), (0, 1, 2))
+  text = jax.jit(gradient, out_shardings=batch).lower(*qkv).compile().as_text()
   for collective in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute'):
     assert collective not in text, f'attention over a sharded batch moves data: {collective}'
 

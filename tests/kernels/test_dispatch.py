@@ -62,20 +62,21 @@ def test_none_takes_the_best_for_the_platform_and_says_so_once(caplog):
     assert [ours.choose(None) for _ in range(3)] == ['anywhere'] * 3
   tpu, gpu = caplog.messages
   assert tpu.startswith('op: tpu on tpu')
-  assert gpu.startswith('op: xla on gpu') and 'gpu: it needs jax 99' in gpu
+  assert gpu.startswith('op: xla on gpu')
+  assert 'gpu: it needs jax 99' in gpu
 
 
 def test_a_name_is_that_one_or_an_error():
   ours = registry()
   with absent('gpu'):
     assert ours.choose('xla') == 'anywhere'
-    with pytest.raises(NotImplementedError, match="'gpu' cannot run: it needs jax 99; here it can be None, 'xla'$"):
+    with pytest.raises(NotImplementedError, match=r"'gpu' cannot run: it needs jax 99; here it can be None, 'xla'$"):
       ours.choose('gpu')
     with pytest.raises(NotImplementedError, match="'tpu' cannot run: it serves tpu and this program is for gpu"):
       ours.choose('tpu')
     with pytest.raises(NotImplementedError, match="'reference' is not written for this op"):
       ours.choose('reference')
-    with pytest.raises(ValueError, match="op: implementation='triton' is unknown; here it can be None, 'xla'$"):
+    with pytest.raises(ValueError, match=r"op: implementation='triton' is unknown; here it can be None, 'xla'$"):
       ours.choose('triton')
 
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mla_jax.axes import is_variable
 from mla_jax.config import ModelConfig
 from mla_jax.model import transformer
 from mla_jax.model.cache import Cache
 
-TINY = ModelConfig(vocab_size=23, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
-                   kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=8, intermediate_size=24)
+TINY = ModelConfig(vocab_size=23, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, kv_lora_rank=12,
+                   qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=8, intermediate_size=24)
 EXPERTS = dict(first_k_dense_replace=1, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
                moe_intermediate_size=12, n_group=4, topk_group=2, routed_scaling_factor=2.5)
 PAGE, PAGES = 4, 5  # tokens a page, pages a sequence
@@ -30,43 +31,51 @@ def config(**changes) -> ModelConfig:
 
 
 class Model:
-  """A random model with every weight and bias off its initial value, and its calls."""
+  """A random model (from NumPy: running the initialisers one by one would compile each) and its calls."""
 
   def __init__(self, config: ModelConfig, seed: int = 0):
     self.config = config
-    self.graph, params, buffers = transformer.split(transformer.Transformer(config, jax.random.key(seed)))
     random = np.random.default_rng(seed)
-    self.params = jax.tree.map(
-        lambda w: np.asarray(w) + 0.1 * random.standard_normal(w.shape).astype(np.float32), params)
-    # Below zero, so that a masked score of 0 would win.
-    self.buffers = jax.tree.map(lambda b: (-1.5 + 0.1 * random.standard_normal(b.shape)).astype(np.float32), buffers)
 
-  def merge(self, params):
-    return nnx.merge(self.graph, params, self.buffers)
+    def fill(path, variable):
+      values = random.standard_normal(variable.shape)
+      # The selection bias is below zero, so that a masked score of 0 would win.
+      mean, std = (1, 0.2) if 'norm' in path[-1].key else (-1.5, 0.1) if 'bias' in path[-1].key else (0, 0.2)
+      return (mean + std * values).astype(np.float32)
+
+    self.graph, params, buffers = transformer.abstract(config)
+    self.params, self.buffers = (jax.tree_util.tree_map_with_path(fill, tree, is_leaf=is_variable)
+                                 for tree in (params, buffers))
+
+  def forward(self, tokens_BU, positions_BT, segments_BT, *, buffers=None):
+    """Logits of the first T tokens, from the model and from each module. `buffers`: in place of the model's own."""
+    return self._forward(self.params, buffers or self.buffers, tokens_BU, positions_BT, segments_BT)
+
+  def cached(self, cache, tokens_BU, lengths_B, new_B, **options):
+    """The cache after T new tokens a row, and their logits as from `forward`."""
+    return self._cached(self.params, self.buffers, cache, tokens_BU, lengths_B, new_B, **options)
 
   @functools.cached_property
-  def forward(self):
-    """(tokens [B, U], positions, segments) -> logits of the first U - depth tokens from the model and each module."""
+  def _forward(self):
     @jax.jit
-    def run(params, tokens_BU, positions_BT, segments_BT):
-      model = self.merge(params)
-      depths, length = self.config.num_nextn_predict_layers, positions_BT.shape[1]
+    def run(params, buffers, tokens_BU, positions_BT, segments_BT):
+      model = nnx.merge(self.graph, params, buffers)
+      length = positions_BT.shape[1]
       hidden_BTD, _ = model.hidden(tokens_BU[:, :length], positions_BT, segments_BT)
       out = [model.logits(hidden_BTD)]
-      for depth in range(1, depths + 1):
+      for depth in range(1, self.config.num_nextn_predict_layers + 1):
         hidden_BTD, _ = model.mtp_hidden(depth, hidden_BTD, tokens_BU[:, depth:depth + length], positions_BT,
                                          segments_BT, segments_BT > 0)
         out.append(model.logits(hidden_BTD))
       return out
 
-    return functools.partial(run, self.params)
+    return run
 
   @functools.cached_property
-  def cached(self):
-    """(cache, tokens [B, T + depth], lengths, new, form, fresh) -> cache, logits as `forward`'s."""
+  def _cached(self):
     @functools.partial(jax.jit, static_argnames=('form', 'fresh'))
-    def run(params, cache, tokens_BU, lengths_B, new_B, form='absorbed', fresh=False):
-      model = self.merge(params)
+    def run(params, buffers, cache, tokens_BU, lengths_B, new_B, form='absorbed', fresh=False):
+      model = nnx.merge(self.graph, params, buffers)
       depths = self.config.num_nextn_predict_layers
       length = tokens_BU.shape[1] - depths
       hidden_BTD, cache = model.cached(tokens_BU[:, :length], cache, lengths_B, new_B, form=form, fresh=fresh)
@@ -77,7 +86,7 @@ class Model:
         out.append(model.logits(hidden_BTD))
       return cache, out
 
-    return functools.partial(run, self.params)
+    return run
 
 
 def scattered_cache(config: ModelConfig, batch: int, seed: int = 0) -> Cache:

@@ -1,0 +1,44 @@
+# PYTHON=/path/to/python3.12 make ... picks another interpreter.
+PYTHON ?= python3
+WORKDIR ?= runs/demo
+BIN := .venv/bin
+
+.PHONY: demo test test-long lint bench peers clean
+
+demo: .venv/ready
+	@test -f $(WORKDIR)/finished || { JAX_PLATFORMS=cpu $(BIN)/python train.py --config=configs/tiny.py --workdir=$(WORKDIR) \
+	  && touch $(WORKDIR)/finished; }
+	@JAX_PLATFORMS=cpu $(BIN)/python infer.py --workdir=$(WORKDIR) --prompt="def read(self, path):" --max_new_tokens=300
+	@echo "report: $(WORKDIR)/report.html"
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: .venv/ready-dev
+	$(BIN)/python -m pytest -m long
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.attention_cache
+	$(BIN)/python -m benchmarks.cpu_step
+
+peers: .venv-peers/ready
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv-peers/ready: requirements-peers.txt
+	python3 -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-peers
