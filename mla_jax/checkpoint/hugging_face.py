@@ -141,7 +141,7 @@ def load(directory, dtype=None) -> tuple[ModelConfig, dict, dict]:
     config, modules = dataclasses.replace(config, num_nextn_predict_layers=0), []
 
   _, params, buffers = abstract(config)
-  shapes = dict(_leaves(params)) | dict(_leaves(buffers))
+  shapes = dict(leaves(params)) | dict(leaves(buffers))
   wanted = defaultdict(list)
   for place in places(config, shapes):
     wanted[place.name].append(place)
@@ -363,13 +363,13 @@ def _open(file: Path):
     raise HFError(f'{file} can not be read ({error}); it may be cut short: fetch it again') from error
 
 
-def _leaves(tree, path=()) -> Iterator[tuple[tuple, tuple]]:
+def leaves(tree, path=()) -> Iterator[tuple[tuple, tuple]]:
   """(path, shape) of abstract Variables."""
   for key, value in tree.items():
     if is_variable(value):
       yield (*path, key), value.shape
     else:
-      yield from _leaves(value, (*path, key))
+      yield from leaves(value, (*path, key))
 
 
 def _nest(tree, arrays, path=()) -> dict:

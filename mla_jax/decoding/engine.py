@@ -50,15 +50,16 @@ class Program:
   """A jitted function that is compiled apart from its first call, once for each set of shapes and static arguments."""
 
   def __init__(self, function, **options):
-    self.jitted = jax.jit(function, **options)
-    self.compiled = {}
+    self._jitted, self._compiled = jax.jit(function, **options), {}
 
   def prepare(self, *args, **static):
+    """(compiled function, shapes of its result)."""
     leaves, tree = jax.tree.flatten(args)
     key = (tree, *((x.shape, x.dtype) for x in leaves), *static.values())
-    if key not in self.compiled:
-      self.compiled[key] = self.jitted.lower(*args, **static).compile()
-    return self.compiled[key]
+    if key not in self._compiled:
+      lowered = self._jitted.lower(*args, **static)
+      self._compiled[key] = lowered.compile(), lowered.out_info
+    return self._compiled[key]
 
 
 @functools.cache
@@ -100,7 +101,7 @@ class Decoder:
   def __init__(self, config: ModelConfig, params, buffers, dtype):
     self.config, self.dtype = config, jnp.dtype(dtype)
     self.config_json = json.dumps(to_dict(config))
-    self.params, self.buffers = cast(params, self.dtype), buffers
+    self.params, self.buffers = jax.device_put((cast(params, self.dtype), buffers))
 
   @property
   def graph(self):
@@ -119,8 +120,8 @@ class Decoder:
     limits = per_row('max_new_tokens', max_new_tokens, len(prompts), np.int32)
     if limits.min() < 1:
       raise ConfigError(f'max_new_tokens={limits.min()} is below 1; use at least 1')
+    prompts = [self.check_tokens(f'prompt {i}', prompt) for i, prompt in enumerate(prompts)]
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-      self._check_tokens(i, prompt)
       if len(prompt) + limit > c.max_position_embeddings:
         raise ConfigError(f'prompt {i} has {len(prompt)} tokens, which with max_new_tokens={limit} is more than the '
                           f"model's max_position_embeddings={c.max_position_embeddings}; use a shorter prompt or fewer")
@@ -132,13 +133,18 @@ class Decoder:
     plan = Plan(self._drafts(speculative, draft_tokens), bool((settings.temperature_B > 0).any()), logprobs, attention)
     return Run(self, plan, prompts, limits, settings, eos_id)
 
-  def _check_tokens(self, i: int, prompt: list[int]):
-    if not len(prompt):
-      raise ConfigError(f'prompt {i} is empty; give at least one token')
-    if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
-      wrong = next(t for t in prompt if not 0 <= t < self.config.vocab_size)
-      raise ConfigError(f'prompt {i} has token id {wrong}, but the vocabulary has 0 to {self.config.vocab_size - 1}; '
-                        'was it encoded with another tokenizer?')
+  def check_tokens(self, name: str, tokens) -> np.ndarray:
+    """As int32. Raises ConfigError where there is none, or one that the model doesn't know."""
+    tokens = np.asarray(tokens)
+    if not tokens.size:
+      raise ConfigError(f'{name} is empty; give at least one token')
+    if not np.issubdtype(tokens.dtype, np.integer):
+      raise ConfigError(f'{name} holds {tokens.flat[0]!r}, which is no token id; use whole numbers')
+    wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+    if wrong.size:
+      raise ConfigError(f'{name} has token id {wrong[0]}, but the vocabulary has 0 to {self.config.vocab_size - 1}; '
+                        'use the tokenizer the model was trained with')
+    return tokens.astype(np.int32)
 
   def _drafts(self, speculative: str, draft_tokens: int | None) -> int:
     modules = self.config.num_nextn_predict_layers
@@ -147,7 +153,7 @@ class Decoder:
     if draft_tokens is not None and draft_tokens < 1:
       raise ConfigError(f"draft_tokens={draft_tokens} is below 1; use at least 1, or speculative='off'")
     if speculative == 'on' and not modules:
-      raise ConfigError("speculative='on' needs a draft, but the model has no MTP modules (num_nextn_predict_layers=0); "
+      raise ConfigError("speculative='on' needs MTP modules to draft with, but the model has num_nextn_predict_layers=0; "
                         "use 'auto' or 'off'")
     return 0 if speculative == 'off' or not modules else draft_tokens or modules
 
@@ -156,7 +162,7 @@ class Run:
   """A batch while it grows: `advance()` until `finished`; `new(row)` at any time."""
 
   def __init__(self, decoder: Decoder, plan: Plan, prompts, limits, sampling, eos_id: int | None):
-    self.decoder, self.plan = decoder, plan
+    self.decoder, self.plan, self.eos_id = decoder, plan, eos_id
     self.prompt_lengths = np.array([len(p) for p in prompts], np.int32)
     ends = (self.prompt_lengths + limits).astype(np.int32)
     capacity = round_up(int(ends.max()) + plan.drafts)
@@ -169,9 +175,8 @@ class Run:
     prefill, rounds = _programs(decoder.config_json, plan)
     began = time.perf_counter()
     with decoder.precision():
-      run_prefill = prefill.prepare(*args, **static)
-      state = jax.eval_shape(functools.partial(prefill.jitted, **static), *args)
-      self._rounds = rounds.prepare(decoder.params, decoder.buffers, state, np.int32(0))
+      run_prefill, state = prefill.prepare(*args, **static)
+      self._rounds, _ = rounds.prepare(decoder.params, decoder.buffers, state, np.int32(0))
     self.compile_seconds = time.perf_counter() - began
     began = time.perf_counter()
     self.state = run_prefill(*args)
@@ -195,7 +200,7 @@ class Run:
   def stop(self, row: int):
     """Ends a row from outside."""
     self.done[row] = True
-    self.state = dataclasses.replace(self.state, done_B=jnp.asarray(self.done))
+    self.state = dataclasses.replace(self.state, done_B=jnp.array(self.done))  # a copy: the state is donated
 
   def new(self, row: int) -> np.ndarray:
     """The ids of a row's new tokens so far; one that ended it is the last."""
@@ -224,9 +229,10 @@ class Run:
         compile_seconds=self.compile_seconds)
 
   def _fetch(self):
-    self.tokens_BS, self.lengths, done = jax.device_get((self.state.tokens_BS, self.state.length_B, self.state.done_B))
-    self.done = np.array(done)
+    # Copies: on CPU these would be views of buffers that the next call donates.
+    state = self.state
+    self.tokens_BS, self.lengths, self.done = map(np.array, (state.tokens_BS, state.length_B, state.done_B))
 
 
-def _ratio(a, b) -> float | None:
-  return float(a / b) if a > 0 and b > 0 else (0.0 if b > 0 else None)
+def _ratio(part, whole) -> float | None:
+  return float(part / whole) if whole else None

@@ -57,9 +57,10 @@ def distribution(logits_BTW, s: Sampling):
   """What a row samples from: softmax(logits / temperature) of the top_k, then of the top_p of these, then of those at
   least min_p times as probable as the first. One-hot at the argmax where temperature is 0. Tokens as probable as the
   last one kept are kept too."""
-  greedy_B11, top_p_B11, min_p_B11 = (x[:, None, None] for x in (s.temperature_B == 0, s.top_p_B, s.min_p_B))
+  temperature_B11, top_p_B11, min_p_B11 = (x[:, None, None] for x in (s.temperature_B, s.top_p_B, s.min_p_B))
+  greedy_B11 = temperature_B11 == 0
   # The maximum goes first, so that no temperature, however small, overflows.
-  scaled_BTW = (logits_BTW - logits_BTW.max(-1, keepdims=True)) / jnp.where(greedy_B11, 1, s.temperature_B[:, None, None])
+  scaled_BTW = (logits_BTW - logits_BTW.max(-1, keepdims=True)) / jnp.where(greedy_B11, 1, temperature_B11)
 
   def filtered(scaled_BTW):
     sorted_BTW = -jnp.sort(-scaled_BTW, axis=-1)

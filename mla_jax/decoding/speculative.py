@@ -158,7 +158,8 @@ def _accept(model: Transformer, plan: Plan, state: State, hidden_BUD) -> tuple[S
     return state, accepted_B
 
 
-def _propose(model: Transformer, plan: Plan, state: State, hidden_BTD, window_end_B, *, form: str, fresh: bool) -> State:
+def _propose(model: Transformer, plan: Plan, state: State, hidden_BTD, window_end_B, *, form: str,
+             fresh: bool) -> State:
   """Drafts the next tokens. hidden_BTD are main hidden states of the T positions before window_end_B; those from a
   row's newest position on are of rejected drafts."""
   if not plan.drafts:

@@ -1,7 +1,7 @@
 """DeepSeek-V2 and -V3 with multi-token prediction in float64 NumPy, one token and one head at a time, straight from the
 papers' equations and on published weights as they are stored. Slow, and meant to be checkable by eye.
 
-No jax and no torch here: record.py holds it against transformers, tests/model/test_golden.py holds our model against it.
+No jax and no torch here: record.py and tests/model/test_golden.py hold it against what transformers computes.
 """
 
 import math
@@ -26,8 +26,8 @@ class Oracle:
     return x, self.logits(x)
 
   def module(self, depth, hidden, tokens):
-    """Module `depth` (1 is the first) from the hidden states [T', D] of the module before it, or of the main model: pairs
-    position i with token i + depth. Returns (hidden after its norm, logits), each of the T - depth positions."""
+    """Module `depth` (1 is the first) from the hidden states of the module before it, or of the main model: pairs
+    position i with token i + depth. Returns (hidden after its norm, logits), each of T - depth positions."""
     prefix = f'model.layers.{self.config["num_hidden_layers"] + depth - 1}.'
     rows = []
     for i in range(len(tokens) - depth):

@@ -51,7 +51,7 @@ CASES = {
     # V3: a selection bias that makes every score negative, groups ranked by their best two; two MTP modules.
     'v3': (DeepseekV3ForCausalLM, 'bfloat16', DeepseekV3Config(
         **BASE | V3 | dict(num_mtp_layers=2, rope_parameters=yarn(1.0, 1.0)))),
-    # No YaRN, no groups, no query compression, no dense layer, weights not normalised, embedding and head tied; float32.
+    # No YaRN, groups, query compression or dense layer; weights not normalised, embedding and head tied; float32.
     'v3_plain': (DeepseekV3ForCausalLM, 'float32', DeepseekV3Config(
         **BASE | V3 | dict(q_lora_rank=None, num_hidden_layers=2, first_k_dense_replace=0, n_group=1, topk_group=1,
                            norm_topk_prob=False, tie_word_embeddings=True))),

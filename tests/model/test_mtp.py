@@ -8,7 +8,8 @@ import pytest
 from model_cases import CALLS, CHUNK, EXPERTS, Model, assert_same, config, decode, scattered_cache, text, whole
 
 LENGTH = 12
-CONFIGS = {'moe': dict(num_nextn_predict_layers=2, q_lora_rank=16, **EXPERTS), 'dense': dict(num_nextn_predict_layers=1)}
+CONFIGS = {'moe': dict(num_nextn_predict_layers=2, q_lora_rank=16, **EXPERTS),
+           'dense': dict(num_nextn_predict_layers=1)}
 
 
 @functools.cache
