@@ -1,6 +1,9 @@
 """What train.py and infer.py share: flags that fail in one clear line, and exit codes."""
 
+import itertools
 import logging
+import pathlib
+import re
 import sys
 
 from absl import app, flags
@@ -17,20 +20,30 @@ def _fail(message: str):
 def parse(argv: list[str], config_flag: flags.FlagHolder | None = None) -> list[str]:
   """absl's flag parsing with every failure turned into one line: an unknown flag, a wrong --config key (the nearest
   right ones are named), a value of the wrong type, a config file that isn't there."""
+  if config_flag is not None:
+    _check_config_flags(argv[1:])
   try:
     rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      _fail(f'{rest[1]!r} is no flag; flags begin with --')
-    if config_flag is not None:
-      config_flag.value.model  # noqa: B018  a missing file raises here and not before
-    return rest
-  except KeyError as e:
-    key = str(e.args[0]).strip('"\'').split()[0].strip('"\'')
-    _fail(unknown_key(f'--config.{key}', [f'--config.{name}' for name in leaf_keys(Config())]))
-  except OSError as e:
-    _fail(str(e).partition('\n')[0])
-  except (flags.Error, TypeError, ValueError, AttributeError) as e:
-    _fail(e)
+  except (flags.Error, TypeError, ValueError) as e:
+    missing = re.match(r'flag (--\S+)=None', str(e))
+    _fail(f'{missing[1]} is missing' if missing else e)
+  if len(rest) > 1:
+    _fail(f'{rest[1]!r} is no flag; flags begin with --')
+  return rest
+
+
+def _check_config_flags(arguments: list[str]):
+  """Before absl sees them: its config flags answer a wrong key with a KeyError and a missing file with silence."""
+  known = [f'--config.{name}' for name in leaf_keys(Config())]
+  for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+    name, has_value, value = ('-' + argument if re.match('-[^-]', argument) else argument).partition('=')
+    if name.startswith('--config.') and name not in known:
+      _fail(unknown_key(name, known))
+    if name == '--config':
+      file = pathlib.Path(value if has_value else following or '')
+      if not file.is_file():
+        there = ', '.join(sorted(str(f) for f in file.parent.glob('*.py'))) or f'nothing in {file.parent}'
+        _fail(f'--config={file} does not exist; there is {there}')
 
 
 def run(main, config_flag: flags.FlagHolder | None = None):

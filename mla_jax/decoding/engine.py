@@ -153,8 +153,8 @@ class Decoder:
     if draft_tokens is not None and draft_tokens < 1:
       raise ConfigError(f"draft_tokens={draft_tokens} is below 1; use at least 1, or speculative='off'")
     if speculative == 'on' and not modules:
-      raise ConfigError("speculative='on' needs MTP modules to draft with, but the model has num_nextn_predict_layers=0; "
-                        "use 'auto' or 'off'")
+      raise ConfigError("speculative='on' drafts with MTP modules, but the model has num_nextn_predict_layers=0; use "
+                        "'auto' or 'off'")
     return 0 if speculative == 'off' or not modules else draft_tokens or modules
 
 

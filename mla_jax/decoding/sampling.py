@@ -68,9 +68,9 @@ def distribution(logits_BTW, s: Sampling):
     last_B = jnp.clip(jnp.where(s.top_k_B > 0, s.top_k_B, width), 1, width) - 1
     limit_BT1 = jnp.take_along_axis(sorted_BTW, jnp.broadcast_to(last_B[:, None, None], (*sorted_BTW.shape[:2], 1)), -1)
     p_BTW = jax.nn.softmax(jnp.where(sorted_BTW >= limit_BT1, sorted_BTW, -jnp.inf), axis=-1)
-    # A token belongs to the top_p if those before it have less than top_p; the first always does.
+    # A token belongs to the top_p if those before it have less than top_p; the first (0 here) always does.
     inside_BTW = (jnp.cumsum(p_BTW, axis=-1) - p_BTW < top_p_B11) & (p_BTW > 0)
-    least_BT1 = jnp.where(inside_BTW, sorted_BTW, jnp.inf).min(-1, keepdims=True)
+    least_BT1 = jnp.where(inside_BTW, sorted_BTW, 0).min(-1, keepdims=True)
     limit_BT1 = jnp.where(top_p_B11 < 1, least_BT1, limit_BT1)
     limit_BT1 = jnp.maximum(limit_BT1, jnp.log(min_p_B11))
     return jnp.where(scaled_BTW >= limit_BT1, scaled_BTW, -jnp.inf)

@@ -46,7 +46,7 @@ CASES = {
     'v2': (DeepseekV2ForCausalLM, 'bfloat16', DeepseekV2Config(
         **BASE | V2 | dict(topk_method='group_limited_greedy', n_group=4, topk_group=2, routed_scaling_factor=16.0,
                            max_position_embeddings=64,
-                           rope_parameters=yarn(0.707, 0.707, rope_theta=100.0, factor=4.0, beta_fast=4.0,
+                           rope_parameters=yarn(0.707, 0.707, rope_theta=100.0, factor=4.0, beta_fast=1.0,
                                                 beta_slow=0.25)))),
     # V3: a selection bias that makes every score negative, groups ranked by their best two; two MTP modules.
     'v3': (DeepseekV3ForCausalLM, 'bfloat16', DeepseekV3Config(

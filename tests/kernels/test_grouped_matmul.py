@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import grouped_matmul, testing
+from pallas_kernels import dispatch, grouped_matmul, testing
 
 FASTER = [name for name in grouped_matmul.implementations() if name != 'reference']
 
@@ -93,6 +93,18 @@ def test_inside_scan_and_checkpoint():
 
   grads = [jax.jit(jax.grad(loss), static_argnums=1)(weights_LGKN, name) for name in (None, 'reference')]
   testing.assert_close('gradient', *grads, 2e-5)
+
+
+@pytest.mark.parametrize('case', testing.CASES['grouped_matmul'][:4], ids=str)
+def test_surplus_visits_are_harmless(case, monkeypatch):
+  # On accelerators the number of visits is static: more than the groups have.
+  monkeypatch.setattr(dispatch, 'platform', lambda *_: 'gpu')
+  testing.check(on_an_accelerator, 'xla', case)
+
+
+def on_an_accelerator(**arguments):
+  # A function of its own: `testing` keeps one compiled program an op.
+  return grouped_matmul(**arguments)
 
 
 def test_float32_output_of_bfloat16_operands_is_not_rounded():

@@ -27,7 +27,8 @@ def one_step(config, mesh):
   gradients = jax.tree.map(np.subtract, before, jax.device_get(state.params))
   layouts = {jax.tree_util.keystr(path): str(leaf.sharding.spec)
              for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
-  return jax.device_get(dict(loss=metrics['loss'], load=metrics['load_LE'], bias=state.buffers['bias_LE'])), gradients, layouts
+  found = dict(loss=metrics['loss'], load=metrics['load_LE'], bias=state.buffers['bias_LE'])
+  return jax.device_get(found), gradients, layouts
 
 
 def main(accumulation: int, batch_size: int):

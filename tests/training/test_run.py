@@ -128,7 +128,7 @@ def remove(folder):
 def test_damaged_newest_checkpoint(config, finished, tmp_path, damage):
   workdir = copy(finished, tmp_path)
   damage(workdir / 'checkpoints' / '4')
-  with pytest.raises(ConfigError, match=r'checkpoint 4 .* is damaged.*--allow_older_checkpoint to continue from step 2'):
+  with pytest.raises(ConfigError, match=r'checkpoint 4 .* damaged.*--allow_older_checkpoint to continue from step 2'):
     loop.train(config, str(workdir))
   with pytest.raises(ConfigError, match='damaged'):
     store.read_run(workdir)
