@@ -1,13 +1,14 @@
-"""The peer's side of `benchmarks.cpu_step`: transformers' DeepseekV3 in torch, on the shape it is told. Runs in an
-environment of its own (requirements-peers.txt) and imports nothing of ours; prints one JSON line."""
+"""The peer's side of `benchmarks.cpu_step`: transformers' DeepseekV3 in torch, on the shape it is told, with each
+implementation of experts and attention that runs on a CPU. Imports torch and transformers when run, and nothing of ours;
+prints one JSON line."""
 
+import itertools
 import json
 import statistics
 import sys
 import time
 
-import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+EXPERTS, ATTENTION = ('eager', 'grouped_mm', 'batched_mm'), ('sdpa', 'eager')
 
 
 def median_seconds(run, repeats: int) -> float:
@@ -19,11 +20,15 @@ def median_seconds(run, repeats: int) -> float:
   return statistics.median(times)
 
 
-def main(shape: dict):
+def measure(shape: dict, experts: str, attention: str) -> dict:
+  """{'train': seconds a step, 'decode': seconds a token, prefill left out}."""
+  import torch
+  from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
   torch.manual_seed(0)
   torch.set_num_threads(shape['threads'])
-  torch.set_default_dtype(torch.float32)
-  model = DeepseekV3ForCausalLM(DeepseekV3Config(**shape['config']))
+  model = DeepseekV3ForCausalLM._from_config(
+      DeepseekV3Config(**shape['config']), attn_implementation=attention, experts_implementation=experts)
   tokens = torch.randint(0, 256, (shape['batch'], shape['length']))
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
@@ -36,7 +41,6 @@ def main(shape: dict):
   model.train()
   step()
   train = median_seconds(step, shape['repeats'])
-
   model.eval()
   prompt = tokens[:shape['decode_batch'], :shape['prompt']]
 
@@ -47,9 +51,16 @@ def main(shape: dict):
   with torch.no_grad():
     generate(2)
     first, whole = (median_seconds(lambda n=n: generate(n), 3) for n in (1, shape['new']))
-  print(json.dumps(dict(train_seconds=train, decode_seconds_per_token=(whole - first) / (shape['new'] - 1),
-                        torch=torch.__version__, experts=model.config._experts_implementation,
-                        attention=model.config._attn_implementation)))
+  return dict(train=train, decode=(whole - first) / (shape['new'] - 1))
+
+
+def main(shape: dict):
+  import torch
+  import transformers
+  variants = {}
+  for experts, attention in itertools.product(EXPERTS, ATTENTION):
+    variants[f'{experts}/{attention}'] = measure(shape, experts, attention)
+  print(json.dumps(dict(variants=variants, torch=torch.__version__, transformers=transformers.__version__)))
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ import re
 import sys
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from mla_jax.config import Config, ConfigError, leaf_keys, unknown_key
 
@@ -50,6 +51,7 @@ def run(main, config_flag: flags.FlagHolder | None = None):
   """Runs `main(argv)` and exits with what it returns. A ConfigError is one line and exit code 2; with --debug all
   errors show their stack."""
   # Our own libraries speak; Orbax and others, which share absl's logger, only warn.
+  absl_logging.set_verbosity(absl_logging.WARNING)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   for library in ('mla_jax', 'pallas_kernels'):

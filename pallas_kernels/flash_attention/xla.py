@@ -33,7 +33,8 @@ def forward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal):
             q_rows(o_BNTV, q_rows(o_BNTV) * shrink[..., None] + part)), None
 
   row = q_BNTH.shape[:3]
-  carry = jnp.full(row, -jnp.inf), jnp.zeros(row), jnp.zeros((*row, v_BNSV.shape[3]))
+  carry = (jnp.full(row, -jnp.inf, jnp.float32), jnp.zeros(row, jnp.float32),
+           jnp.zeros((*row, v_BNSV.shape[3]), jnp.float32))
   max_BNT, total_BNT, o_BNTV = grid.scan(pair, carry)
   o_BNTV = o_BNTV / jnp.where(total_BNT == 0, 1, total_BNT)[..., None]
   lse_BNT = max_BNT + jnp.log(total_BNT)

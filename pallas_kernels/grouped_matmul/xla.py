@@ -37,8 +37,8 @@ def lhs_gradient(dy_MN, rhs_GKN, group_sizes_G, out_dtype):
 def rhs_gradient(lhs_MK, dy_MN, group_sizes_G, out_dtype):
   def body(visit, drhs_GKN):
     rows, mine_m1, g = visit
+    # Both sides masked: the tail and other groups may hold NaN, and 0 times NaN is NaN.
     dy_mN = jnp.where(mine_m1, rows(dy_MN), 0)
-    # Both sides masked: 0 times another group's infinity would be NaN.
     lhs_mK = jnp.where(mine_m1, rows(lhs_MK), 0)
     part_KN = jnp.einsum('mK,mN->KN', lhs_mK, dy_mN, preferred_element_type=jnp.float32)
     return jax.lax.dynamic_update_index_in_dim(drhs_GKN, _pick(drhs_GKN, g) + part_KN, g, 0)

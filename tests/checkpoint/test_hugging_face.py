@@ -157,6 +157,16 @@ def test_how_a_directory_is_cut_and_stored_does_not_matter(folder):
   assert params['moe_blocks']['ffn']['wo_EFD'].dtype == ml_dtypes.bfloat16
 
 
+def test_float16_and_names_of_dtypes(folder):
+  expected = hugging_face.load(folder, dtype='float16')[1:]
+  rewrite(folder, lambda tensors: tensors.update({n: t.astype(np.float16) for n, t in tensors.items()}))
+  params, buffers = hugging_face.load(folder)[1:]
+  assert {w.dtype for w in jax.tree.leaves(params)} == {np.dtype(np.float16)}
+  assert buffers['bias_LE'].dtype == np.float32
+  assert_equal([params], expected[:1])
+  assert jax.tree.leaves(hugging_face.load(folder, dtype='bfloat16')[1]['embedding_WD'])[0].dtype == ml_dtypes.bfloat16
+
+
 def test_mtp_layers_that_were_dropped_are_said(folder, caplog):
   expected = hugging_face.load(folder)[1]
   rewrite(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if n.startswith(('model.layers.3.',

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import scipy.special
 
 from mla_jax.config import ConfigError
 from mla_jax.decoding import sampling
@@ -11,6 +10,10 @@ CASES = [(1.0, 0, 1.0, 0.0), (0.0, 3, 0.5, 0.1), (0.7, 4, 1.0, 0.0), (1.3, 0, 0.
          (1.5, 6, 0.8, 0.05), (1.0, 1, 1.0, 0.0), (1.0, 0, 1e-30, 0.0), (1e-6, 0, 1.0, 0.0), (2.0, 99, 0.999, 0.9)]
 
 
+def softmax(x):
+  return np.exp(x - np.logaddexp.reduce(x))
+
+
 def filtered(logits, temperature, top_k, top_p, min_p):
   """One distribution in float64, by sorting and cutting lists."""
   logits = logits.astype(np.float64)
@@ -18,13 +21,13 @@ def filtered(logits, temperature, top_k, top_p, min_p):
     return np.eye(len(logits))[logits.argmax()]
   order = sorted(range(len(logits)), key=lambda i: -logits[i])
   kept = order[:top_k or None]
-  p = scipy.special.softmax(logits[kept] / temperature)
+  p = softmax(logits[kept] / temperature)
   if top_p < 1:
     kept = [token for i, token in enumerate(kept) if i == 0 or p[:i].sum() < top_p]
   best = logits[kept[0]]
   kept = [token for token in kept if np.exp((logits[token] - best) / temperature) >= min_p]
   out = np.zeros(len(logits))
-  out[kept] = scipy.special.softmax(logits[kept] / temperature)
+  out[kept] = softmax(logits[kept] / temperature)
   return out
 
 
