@@ -66,8 +66,9 @@ def test_draws_follow_the_probabilities_and_only_their_own_seed_and_position():
 
 
 @pytest.mark.parametrize(('name', 'value'), [
-    ('temperature', -0.1), ('temperature', float('nan')), ('top_p', 0.0), ('top_p', 1.01), ('top_k', -1), ('top_k', 1.5),
-    ('min_p', 1.0), ('min_p', -0.1), ('seed', -1), ('seed', 2**32), ('temperature', 'hot'), ('temperature', [0.1, 0.2])])
+    ('temperature', -0.1), ('temperature', float('nan')), ('temperature', 'hot'), ('temperature', [0.1, 0.2]),
+    ('top_p', 0.0), ('top_p', 1.01), ('top_k', -1), ('top_k', 1.5), ('min_p', 1.0), ('min_p', -0.1), ('seed', -1),
+    ('seed', 2**32)])
 def test_a_wrong_setting_is_named(name, value):
   with pytest.raises(ConfigError, match=name) as error:
     sampling.make_sampling(3, **{name: value})

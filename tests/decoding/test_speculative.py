@@ -65,7 +65,8 @@ def chi_square(counts, p):
 
 def test_accepted_and_resampled_tokens_are_distributed_as_the_main_model():
   seed_B, first_B = np.arange(ROWS, dtype=np.uint32), np.full(ROWS, 7, np.int32)
-  draft_BT = np.stack([sampling.draw(np.tile(Q[t], (ROWS, 1)), seed_B, first_B + t, sampling.DRAFT) for t in range(2)], 1)
+  draft_BT = np.stack([sampling.draw(np.tile(q, (ROWS, 1)), seed_B, first_B + t, sampling.DRAFT)
+                       for t, q in enumerate(Q)], axis=1)
   accepted_B, tokens_BU = map(np.asarray, verify(np.tile(P, (ROWS, 1, 1)), np.tile(Q, (ROWS, 1, 1)), draft_BT, seed_B,
                                                  first_B))
   overlap = np.minimum(P[:2], Q).sum(1)
