@@ -22,7 +22,7 @@ from mla_jax.config import ConfigError, ModelConfig, RopeScaling
 from mla_jax.model.layers import FLOAT32_WEIGHTS
 from mla_jax.model.transformer import abstract
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 STORED = {'BF16': ml_dtypes.bfloat16, 'F16': np.float16, 'F32': np.float32}
 
@@ -136,7 +136,7 @@ def load(directory, dtype=None) -> tuple[ModelConfig, dict, dict]:
   stored = _headers(directory)
   modules = [f'model.layers.{config.num_hidden_layers + d}.' for d in range(config.num_nextn_predict_layers)]
   if modules and not any(name.startswith(tuple(modules)) for name in stored):
-    _log.warning('%s: config.json says num_nextn_predict_layers=%d, but the files hold no MTP layer (transformers '
+    log.warning('%s: config.json says num_nextn_predict_layers=%d, but the files hold no MTP layer (transformers '
                  'drops them on saving): loaded without multi-token prediction', directory, len(modules))
     config, modules = dataclasses.replace(config, num_nextn_predict_layers=0), []
 

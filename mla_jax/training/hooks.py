@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import pathlib
 import sys
 import time
@@ -118,11 +119,13 @@ class Recorder:
     return dict(tokens_per_second=rate, step_seconds=seconds / done, mfu=mfu)
 
   def _show(self, entry: dict):
-    rate = entry['tokens_per_second'] or 0.0
-    self._bar.set_postfix_str(f'loss {entry["main_loss"]:.3f}, MTP {entry["mtp_loss"]:.3f}, {rate:,.0f} tokens/s')
+    said = f'loss {entry["main_loss"]:.3f}, '
+    if self._config.model.num_nextn_predict_layers:
+      said += f'MTP {entry["mtp_loss"]:.3f}, '
+    said += f'{entry["tokens_per_second"] or 0:,.0f} tokens/s'
+    self._bar.set_postfix_str(said)
     if self._bar.disable:
-      log.info('step %d of %d: loss %.4f, MTP %.4f, %.0f tokens/s', entry['step'], self._config.training.steps,
-                   entry['main_loss'], entry['mtp_loss'], rate)
+      log.info('step %d of %d: %s', entry['step'], self._config.training.steps, said)
 
   def evaluation(self, step: int, results: dict):
     """Adds an evaluation's results to this step's record."""
@@ -138,6 +141,7 @@ class Recorder:
     if self._entry is None:
       return
     entry, self._entry = self._entry, None
+    entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}  # JSON has no NaN
     self._file.write(json.dumps(entry) + '\n')
     self._file.flush()
     for name, value in entry.items():
