@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu_step [--peer [--peer_python=.venv-peers/bin/python]]
 
-Both sides float32, two threads, the widths of configs/tiny.py without MTP (the peer has none), AdamW with clipping at 1.
+Both sides float32, two threads, the widths of configs/tiny.py without MTP (the peer trains none), AdamW with clipping.
 Ours and the peer's rounds alternate, and medians over the rounds are compared, so that a slow spell of the machine
 meets both. The peer runs in a process of its own with each of its expert and attention implementations that runs on a
 CPU, and its best counts. One JSON line for a training step, one for decoding.
@@ -60,7 +60,8 @@ class Ours:
     rows, length = c.training.batch_size, c.training.sequence_length
     self.batch = dict(
         tokens=np.random.default_rng(0).integers(0, 256, (rows, length + 1)).astype(np.int32),
-        segments=np.ones((rows, length + 1), np.int32), positions=np.tile(np.arange(length + 1, dtype=np.int32), (rows, 1)))
+        segments=np.ones((rows, length + 1), np.int32),
+        positions=np.tile(np.arange(length + 1, dtype=np.int32), (rows, 1)))
     self.decoder = Decoder(c.model, jax.device_get(self.state.params), jax.device_get(self.state.buffers), 'float32')
     self.train(1)  # compiles
 
@@ -87,7 +88,8 @@ def peer(shape: dict) -> dict:
   run = subprocess.run([PEER_PYTHON.value, peer_hugging_face.__file__, json.dumps(shape)], env=environment,
                        capture_output=True, text=True, check=False)
   if run.returncode:
-    raise SystemExit(f'the peer failed ({PEER_PYTHON.value}; `make peers` makes that environment):\n{run.stderr[-2000:]}')
+    raise SystemExit(f'the peer failed with {PEER_PYTHON.value} (`make peers` makes that environment):\n'
+                     f'{run.stderr[-2000:]}')
   return json.loads(run.stdout.splitlines()[-1])
 
 

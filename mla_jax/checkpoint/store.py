@@ -108,18 +108,17 @@ class Store:
       self._manager.reload()
     return None
 
-  def restore(self, step: int, weights, optimizer) -> tuple:
-    """(weights, optimizer, run) like the given abstract trees, laid out by their shardings."""
+  def restore(self, step: int, weights, optimizer=None) -> dict:
+    """{'weights', 'optimizer', 'run'} like the given abstract trees, laid out by their shardings; without `optimizer`
+    the weights alone."""
+    items = dict(weights=ocp.args.StandardRestore(weights))
+    if optimizer is not None:
+      items |= dict(optimizer=ocp.args.StandardRestore(optimizer), run=ocp.args.JsonRestore())
     try:
-      out = self._manager.restore(step, args=ocp.args.Composite(
-          weights=ocp.args.StandardRestore(weights), optimizer=ocp.args.StandardRestore(optimizer),
-          run=ocp.args.JsonRestore()))
+      return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
     except (ValueError, KeyError, OSError) as e:
-      raise CheckpointError(f'checkpoint {step} in {self.folder} can\'t be read: {str(e).splitlines()[0]}') from e
-    return out['weights'], out['optimizer'], out['run']
-
-  def restore_weights(self, step: int, weights):
-    return self._manager.restore(step, args=ocp.args.Composite(weights=ocp.args.StandardRestore(weights)))['weights']
+      raise CheckpointError(f"checkpoint {step} in {self.folder} can't be read: {str(e).splitlines()[0]}; "
+                            'restore it from a copy, or move its folder away to use the one before') from e
 
 
 def read_config(workdir: str | pathlib.Path) -> Config:
@@ -145,7 +144,7 @@ def read_run(workdir: str | pathlib.Path) -> tuple[Config, dict, dict]:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding),
                           dict(params=params, buffers=buffers), is_leaf=transformer.is_variable)
-    weights = store.restore_weights(step, target)
+    weights = store.restore(step, target)['weights']
     return config, weights['params'], weights['buffers']
   finally:
     store.close()

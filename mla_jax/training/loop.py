@@ -57,6 +57,8 @@ def train(config: Config, workdir: str, *, init_from: str = '', allow_older_chec
     state, run = _restore(checkpoints, first, model, optimizer, mesh)
     batches.restore(run['data'])
     log.info('resumed %s at step %d', workdir, first)
+    if init_from:
+      log.warning('--init_from=%s is not used: %s has weights of its own', init_from, workdir)
 
   def save(step, state):
     if step not in checkpoints.steps():
@@ -158,10 +160,10 @@ def _restore(checkpoints: store.Store, step: int, model, optimizer, mesh) -> tup
   moments = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                          jax.eval_shape(optimizer.init, shapes), places.optimizer)
   skipped = jax.ShapeDtypeStruct((), np.int32, sharding=places.skipped)
-  weights, rest, run = checkpoints.restore(
+  found = checkpoints.restore(
       step, dict(params=_abstract_like(model.params, places.params),
                  buffers=_abstract_like(model.buffers, places.buffers)), dict(optimizer=moments, skipped=skipped))
-  return TrainState(weights['params'], weights['buffers'], rest['optimizer'], rest['skipped']), run
+  return TrainState(**found['weights'], **found['optimizer']), found['run']
 
 
 def _initialise_from(source: str, config: Config, state: TrainState) -> TrainState:
