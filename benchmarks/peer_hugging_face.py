@@ -1,6 +1,6 @@
 """The peer's side of `benchmarks.cpu_step`: transformers' DeepseekV3 in torch, on the shape it is told, with each
-implementation of experts and attention that runs on a CPU. Imports torch and transformers when run, and nothing of ours;
-prints one JSON line."""
+implementation of experts and attention that runs on a CPU. Imports torch and transformers when run, and nothing
+of ours; prints one JSON line."""
 
 import itertools
 import json

@@ -122,6 +122,8 @@ class Decoder:
       raise ConfigError(f'max_new_tokens={limits.min()} is below 1; use at least 1')
     prompts = [self.check_tokens(f'prompt {i}', prompt) for i, prompt in enumerate(prompts)]
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+      if prompt.ndim != 1:
+        raise ConfigError(f'prompt {i} has shape {list(prompt.shape)}; give a list of token ids')
       if len(prompt) + limit > c.max_position_embeddings:
         raise ConfigError(f'prompt {i} has {len(prompt)} tokens, which with max_new_tokens={limit} is more than the '
                           f"model's max_position_embeddings={c.max_position_embeddings}; use a shorter prompt or fewer")
@@ -135,7 +137,10 @@ class Decoder:
 
   def check_tokens(self, name: str, tokens) -> np.ndarray:
     """As int32. Raises ConfigError where there is none, or one that the model doesn't know."""
-    tokens = np.asarray(tokens)
+    try:
+      tokens = np.asarray(tokens)
+    except ValueError:
+      raise ConfigError(f'{name} holds lists of different lengths; give plain token ids') from None
     if not tokens.size:
       raise ConfigError(f'{name} is empty; give at least one token')
     if not np.issubdtype(tokens.dtype, np.integer):

@@ -141,7 +141,8 @@ class Recorder:
     if self._entry is None:
       return
     entry, self._entry = self._entry, None
-    entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}  # JSON has no NaN
+    # JSON has no NaN.
+    entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
     self._file.write(json.dumps(entry) + '\n')
     self._file.flush()
     for name, value in entry.items():

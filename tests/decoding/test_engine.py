@@ -111,6 +111,8 @@ def test_sizes_to_compile_for_are_few_and_close():
     (dict(prompts=[[1, 11]]), 'prompt 0 has token id 11, but the vocabulary has 0 to 10'),
     (dict(prompts=[[-1]]), 'token id -1'),
     (dict(prompts=[[1.5]]), 'no token id'),
+    (dict(prompts=[[[1], [2, 3]]]), 'lists of different lengths'),
+    (dict(prompts=[[[1, 2]]]), 'prompt 0 has shape [1, 2]'),
     (dict(prompts=[[1] * 90], max_new_tokens=7), 'max_position_embeddings=96'),
     (dict(max_new_tokens=0), 'max_new_tokens=0 is below 1'),
     (dict(max_new_tokens=[5, 5]), 'max_new_tokens has 2 values for 4 prompts'),

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -49,6 +50,18 @@ def check_tally(d, r, drafts):
   np.testing.assert_array_equal(r.state.tally.accepted_T, accepted)
   assert int(r.state.tally.rounds) == rounds
   return accepted[0] / tried[0]
+
+
+def test_ties_are_broken_alike_with_and_without_drafts():
+  d = small.decoder(1, 0)
+  # Tokens 0 and 6, 1 and 7, ... 4 and 10 are equally probable, always; as inputs they differ.
+  head_WD = np.array(d.params['head_WD'])
+  head_WD[6:] = head_WD[:5]
+  d.params['head_WD'] = jax.device_put(head_WD)
+  expected, _ = small.greedy(d, small.PROMPTS, COUNT)
+  for options in (dict(speculative='off'), dict(draft_tokens=3)):
+    assert small.new_tokens(small.run(d, max_new_tokens=COUNT, **options)) == expected
+  assert max(map(max, expected)) < 6
 
 
 ROWS = 60_000

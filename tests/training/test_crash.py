@@ -1,4 +1,4 @@
-"""Fault injection: train.py is killed without warning, again and again, and still ends where an undisturbed run ends."""
+"""Fault injection: train.py is killed without warning, again and again, and ends where an undisturbed run ends."""
 
 import json
 import pathlib
