@@ -72,7 +72,7 @@ def _loop(body, carry, x_MK, group_sizes_G):
   groups = group_sizes_G.shape[0]
   # No more than the mean group has, rounded up to a power of two: in decoding most groups have one row or none.
   tile = min(TILE[target], m, 1 << (-(-m // groups) - 1).bit_length())
-  limit = -(-m // tile) + groups
+  limit = min(m, -(-m // tile) + groups)  # no group has more visits than rows
   tiles_G = (group_sizes_G + tile - 1) // tile
   last_visit_G, end_G = jnp.cumsum(tiles_G), jnp.cumsum(group_sizes_G)
   visit = jnp.arange(limit)
