@@ -12,7 +12,8 @@ CPU := JAX_PLATFORMS=cpu \
 demo: .venv/ready
 	@test -f $(WORKDIR)/finished || { $(CPU) $(BIN)/python train.py --config=configs/tiny.py --workdir=$(WORKDIR) \
 	  && touch $(WORKDIR)/finished; }
-	@$(CPU) $(BIN)/python infer.py --workdir=$(WORKDIR) --prompt="def read(self, path):" --max_new_tokens=300
+	@$(CPU) $(BIN)/python infer.py --workdir=$(WORKDIR) --max_new_tokens=180 --temperature=0.6 --top_p=0.95 \
+	  --prompt="$$(printf 'import os\n\n\nclass Reader:\n\n    def read(self, path):\n        ')"
 	@echo "report: $(WORKDIR)/report.html"
 
 test: .venv/ready-dev
