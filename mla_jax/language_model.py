@@ -110,6 +110,10 @@ class LanguageModel:
     tokens_BT = self.decoder.check_tokens('tokens', tokens_BT)
     if tokens_BT.ndim != 2:
       raise ConfigError(f'tokens have shape {list(tokens_BT.shape)}; give [batch, length]')
+    limit = self.config.max_position_embeddings
+    if tokens_BT.shape[1] > limit:
+      raise ConfigError(f"tokens are {tokens_BT.shape[1]} long, above the model's max_position_embeddings={limit}; "
+                        'give shorter texts')
     with self.decoder.precision():
       return function(self.decoder.params, self.decoder.buffers, tokens_BT)
 
@@ -233,13 +237,11 @@ def _read(run: Run, texts: list[Text]):
 
 def _finish(run: Run, texts: list[Text]) -> Completions:
   out = []
-  for row, text in enumerate(texts):
-    count = len(text.tokens)
-    ids, logprobs = (x[:count].tolist() for x in run.alternatives(row))
-    alternatives = [dict(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+  for text, scores in zip(texts, run.scores(), strict=True):
+    logprobs, *others = (x[:len(text.tokens)].tolist() for x in scores)
+    alternatives = [dict(zip(*pair, strict=True)) for pair in zip(*others, strict=True)]
     stopped = text.stopped or text.tokens[-1] == run.eos_id
-    out.append(Completion(text.text, text.tokens, run.logprobs(row)[:count].tolist(), 'stop' if stopped else 'length',
-                          alternatives))
+    out.append(Completion(text.text, text.tokens, logprobs, 'stop' if stopped else 'length', alternatives))
   return Completions(out, run.stats(sum(len(completion.tokens) for completion in out)))
 
 

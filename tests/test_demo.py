@@ -21,9 +21,10 @@ def test_demo_learned():
 
 
 def decode(*flags):
-  # Within the 256 tokens it was trained on, beyond which it knows no positions.
-  run = subprocess.run([sys.executable, 'infer.py', f'--workdir={RUN}', '--max_new_tokens=180',
-                        '--prompt=class Reader:\n\n    def read(self, path):\n        ', *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+  # Within the 256 tokens it was trained on: it knows no positions beyond.
+  prompt = 'class Reader:\n\n    def read(self, path):\n        '
+  run = subprocess.run([sys.executable, 'infer.py', f'--workdir={RUN}', f'--prompt={prompt}', '--max_new_tokens=180',
+                        *flags], cwd=ROOT, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
   text, _, stats = run.stdout.rstrip('\n').rpartition('\n')
   return text, json.loads(stats)

@@ -103,6 +103,8 @@ def test_mtp_logits_are_aligned_and_end_in_nan(lm):
     lm.logits([1, 2, 3])
   with pytest.raises(ConfigError, match='token id 264'):
     lm.logits([[1, 264]])
+  with pytest.raises(ConfigError, match='max_position_embeddings=96'):
+    lm.logits([[1] * 97])
 
 
 def test_a_run_is_loaded_with_its_tokenizer(lm, out, workdir):

@@ -211,13 +211,13 @@ class Run:
     """The ids of a row's new tokens so far; one that ended it is the last."""
     return self.tokens_BS[row, self.prompt_lengths[row]:self.lengths[row]]
 
-  def logprobs(self, row: int) -> np.ndarray:
-    return np.asarray(self.state.logprob_BS[row, self.prompt_lengths[row]:self.lengths[row]])
-
-  def alternatives(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities of the most probable tokens at each new one, [tokens, plan.alternatives]."""
-    span = slice(self.prompt_lengths[row], self.lengths[row])
-    return np.asarray(self.state.other_ids_BSA[row, span]), np.asarray(self.state.other_logprobs_BSA[row, span])
+  def scores(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each row, over its new tokens: their log-probabilities [T], and the most probable tokens' ids and
+    log-probabilities [T, plan.alternatives]."""
+    # Whole arrays: slicing on the device would compile a program a slice.
+    arrays = jax.tree.map(np.array, (self.state.logprob_BS, self.state.other_ids_BSA, self.state.other_logprobs_BSA))
+    return [tuple(x[row, start:end] for x in arrays)
+            for row, (start, end) in enumerate(zip(self.prompt_lengths, self.lengths, strict=True))]
 
   def stats(self, new_tokens: int) -> Stats:
     config, tally = self.decoder.config, jax.device_get(self.state.tally)

@@ -54,10 +54,9 @@ def test_logprobs_and_alternatives_are_of_the_raw_distribution(model, sampled):
   texts = [prompt + new for prompt, new in zip(small.PROMPTS, small.new_tokens(sampled), strict=True)]
   logits_BSW, _ = small.oracle(model, [text + [0] * (small.LENGTH - len(text)) for text in texts])
   logprob_BSW = logits_BSW - np.logaddexp.reduce(logits_BSW, axis=-1, keepdims=True)
-  for row, prompt in enumerate(small.PROMPTS):
+  for row, (prompt, (new_logprobs, ids, logprobs)) in enumerate(zip(small.PROMPTS, sampled.scores(), strict=True)):
     logprob_TW = logprob_BSW[row, len(prompt) - 1:len(texts[row]) - 1]
-    np.testing.assert_allclose(sampled.logprobs(row), logprob_TW[np.arange(COUNT), texts[row][len(prompt):]], atol=1e-4)
-    ids, logprobs = sampled.alternatives(row)
+    np.testing.assert_allclose(new_logprobs, logprob_TW[np.arange(COUNT), texts[row][len(prompt):]], atol=1e-4)
     np.testing.assert_array_equal(ids, np.argsort(-logprob_TW, axis=-1)[:, :3])
     np.testing.assert_allclose(logprobs, -np.sort(-logprob_TW, axis=-1)[:, :3], atol=1e-4)
 
