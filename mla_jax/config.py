@@ -112,7 +112,7 @@ class ModelConfig:
 
   @property
   def uses_selection_bias(self) -> bool:
-    return bool(self.n_routed_experts) and self.topk_method == 'noaux_tc'
+    return self.num_routers > 0 and self.topk_method == 'noaux_tc'
 
   @property
   def qk_head_dim(self) -> int:

@@ -20,7 +20,7 @@ ALLOWED = {  # the longest prefix counts
     'mla_jax.model': MODEL,
     'mla_jax.checkpoint': CHECKPOINT,
     'mla_jax.data': DATA,
-    'configs': CONFIG,
+    'configs': CONFIG | {'configs'},
     'mla_jax.training': CHECKPOINT | DATA | {'mla_jax.training'},
     'mla_jax.decoding': CHECKPOINT | {'mla_jax.decoding'},
     'mla_jax.language_model': CHECKPOINT | DATA | {'mla_jax.decoding', 'mla_jax.language_model'},

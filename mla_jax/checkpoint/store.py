@@ -135,6 +135,8 @@ def read_config(workdir: str | pathlib.Path) -> Config:
 def read_run(workdir: str | pathlib.Path) -> tuple[Config, dict, dict]:
   """(config, params, buffers) of a run's newest checkpoint, on the default device."""
   config = read_config(workdir)
+  if not (pathlib.Path(workdir) / 'checkpoints').is_dir():
+    raise CheckpointError(f'{workdir} holds no checkpoint; train longer, or name another --workdir')
   store = Store(workdir)
   try:
     step = store.usable_step(allow_older=False)

@@ -35,8 +35,8 @@ class Transformer(nnx.Module):
       self.head_WD = normal(keys[3], (c.vocab_size, c.hidden_size), 'WD', c.initializer_range)
     if c.num_nextn_predict_layers:
       self.mtp_modules = build_stack(lambda k: MTPModule(c, k), c.num_nextn_predict_layers, keys[4])
-    # Selection bias of every router: the main MoE layers', then the MTP modules'.
-    self.bias_LE = Buffer(jnp.zeros((c.num_routers, c.n_routed_experts), jnp.float32), axes='LE')
+    if c.num_routers:  # selection bias of each: the main MoE layers', then the MTP modules'
+      self.bias_LE = Buffer(jnp.zeros((c.num_routers, c.n_routed_experts), jnp.float32), axes='LE')
 
   def __call__(self, tokens_BT, *, positions_BT=None, segments_BT=None):
     """Logits of the next token, float32 [B, T, W], and the Balance of the MoE layers (or None)."""

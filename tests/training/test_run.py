@@ -190,6 +190,15 @@ def test_init_from_another_run(config, finished, tmp_path):
     loop.train(wider, str(tmp_path / 'wider'), init_from=str(finished))
 
 
+def test_a_dense_model_without_mtp_trains_and_is_read_back(config, tmp_path):
+  model = dataclasses.replace(config.model, n_routed_experts=0, num_nextn_predict_layers=0, attention='mqa')
+  dense = dataclasses.replace(config, model=model, training=dataclasses.replace(
+      config.training, steps=1, gradient_accumulation=1, batch_ramp_start=0))
+  assert loop.train(dense, str(tmp_path / 'run')) == 0
+  assert weights(tmp_path / 'run')[1] == {}
+  assert losses(tmp_path / 'run')[0]['max_violation'] is None
+
+
 @pytest.mark.parametrize(('section', 'changes', 'message'), [
     ('data', dict(path='/nonexistent/folder'), '/nonexistent/folder'),
     ('training', dict(sequence_length=400), 'above the model.*max_position_embeddings=128'),
