@@ -3,7 +3,8 @@
 Command:  python -m mla_jax.data.tokenizer --source=site-packages --vocab_size=32768 --output=runs/bpe32k
           python train.py --config=configs/h200_3b.py --workdir=runs/h200_3b
 Hardware: one H200
-Result:   TO BE MEASURED
+Result:   31,900 tokens/s, 12% of 989 TFLOP/s, with the portable kernels and --config.data.source=stdlib, steps 20 to
+          60 (Hugging Face compiled: 73,200); 209 tokens/s decoding one row in bf16
 """
 
 from configs import deepseek_v2_lite
