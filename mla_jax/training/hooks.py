@@ -12,12 +12,15 @@ import jax
 import numpy as np
 import tqdm
 from tensorboardX import SummaryWriter
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mla_jax.config import Config
 from mla_jax.training.schedule import BatchSchedule
 from mla_jax.training.throughput import flops_per_token, peak_flops
 
 log = logging.getLogger(__name__)
+
+LIBRARIES = ('mla_jax', 'pallas_kernels')  # whose loggers speak to the person at the terminal
 
 
 def truncate_metrics(file: pathlib.Path, step: int):
@@ -56,10 +59,14 @@ class Recorder:
     steps = self._config.training.steps
     self._bar = tqdm.tqdm(total=steps, initial=self._first, unit='step', dynamic_ncols=True,
                           disable=not sys.stderr.isatty())
+    self._redirected = contextlib.ExitStack()
+    if not self._bar.disable:  # log lines go above the bar, not into it
+      self._redirected.enter_context(logging_redirect_tqdm([logging.getLogger(name) for name in LIBRARIES]))
     return self
 
   def __exit__(self, *_):
     self._write()
+    self._redirected.close()
     self._bar.close()
     self._events.close()
     self._file.close()
