@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mla_jax.axes import current_mesh, shard, spec
-from mla_jax.config import ModelConfig
+from mla_jax.axes import current_mesh, shard, spec, undivided
+from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.model.layers import SwiGLU, normal
 from pallas_kernels import grouped_matmul
 
@@ -112,18 +112,16 @@ def dispatch(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
   mesh = current_mesh()
   if mesh is None:
     return experts(flat(x_BTD), flat(ids_BTX), flat(weights_BTX), wi_ED2F, wo_EFD, 0).reshape(x_BTD.shape)
+  if told := undivided('B', x_BTD.shape[:1], mesh):
+    # Rows held by several devices at once gave wrong gradients here (tests/training/test_mesh.py).
+    raise ConfigError(f'{told[0]} devices of the mesh; use a batch that is, or a smaller mesh')
   batch = spec('B', x_BTD.shape[:1], mesh)
-  split = 'expert' in jax.tree.leaves(tuple(batch))
 
   def body(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
     first = jax.lax.axis_index('expert') * wi_ED2F.shape[0]
-    tokens = [x_BTD, ids_BTX, weights_BTX]
-    if split:
-      tokens = [jax.lax.all_gather(t, 'expert', tiled=True) for t in tokens]
+    tokens = [jax.lax.all_gather(t, 'expert', tiled=True) for t in (x_BTD, ids_BTX, weights_BTX)]
     y_BTD = experts(*map(flat, tokens), wi_ED2F, wo_EFD, first).reshape(tokens[0].shape)
-    if split:
-      return jax.lax.psum_scatter(y_BTD, 'expert', tiled=True)
-    return jax.lax.psum(y_BTD, 'expert')
+    return jax.lax.psum_scatter(y_BTD, 'expert', tiled=True)
 
   weights = PartitionSpec('expert') if mesh.shape['expert'] > 1 else PartitionSpec()
   return jax.shard_map(body, in_specs=(batch, batch, batch, weights, weights), out_specs=batch,

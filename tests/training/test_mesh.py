@@ -12,17 +12,26 @@ import pytest
 EVERY = ['x'.join(map(str, sizes)) for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
 
 
-@pytest.mark.parametrize(('accumulation', 'batch_size', 'meshes'), [
-    (1, 8, ['8x1x1', '1x8x1', '1x1x8', '2x2x2']),
-    pytest.param(1, 8, EVERY, marks=pytest.mark.long),
-    pytest.param(2, 16, EVERY, marks=pytest.mark.long),
-    # Fewer rows than devices: the batch stays whole along the last mesh axes.
-    pytest.param(1, 2, ['2x2x2', '2x1x4'], marks=pytest.mark.long)])
-def test_splits_of_eight_devices_equal_one_device(accumulation, batch_size, meshes):
-  run = subprocess.run(
+def on_eight_devices(accumulation, batch_size, meshes):
+  return subprocess.run(
       [sys.executable, '-m', 'tests.training.eight_devices', str(accumulation), str(batch_size), *meshes],
       env=os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'] + ' --xla_force_host_platform_device_count=8'},
       capture_output=True, text=True, timeout=1500, check=False)
+
+
+@pytest.mark.long
+def test_fewer_rows_than_devices_are_refused():
+  run = on_eight_devices(1, 2, ['2x2x2'])
+  assert run.returncode != 0
+  assert 'B=2 is not divisible by 8 devices of the mesh' in run.stderr
+
+
+@pytest.mark.parametrize(('accumulation', 'batch_size', 'meshes'), [
+    (1, 8, ['8x1x1', '1x8x1', '1x1x8', '2x2x2']),
+    pytest.param(1, 8, EVERY, marks=pytest.mark.long),
+    pytest.param(2, 16, EVERY, marks=pytest.mark.long)])
+def test_splits_of_eight_devices_equal_one_device(accumulation, batch_size, meshes):
+  run = on_eight_devices(accumulation, batch_size, meshes)
   assert run.returncode == 0, run.stderr[-3000:]
   lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{')]
   assert [line['mesh'] for line in lines] == [[int(n) for n in mesh.split('x')] for mesh in meshes]
