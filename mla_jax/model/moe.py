@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mla_jax.axes import current_mesh, shard, spec, undivided
+from mla_jax.axes import TABLE, current_mesh, shard, undivided
 from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.model.layers import SwiGLU, normal
 from pallas_kernels import grouped_matmul
@@ -115,7 +115,7 @@ def dispatch(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
   if told := undivided('B', x_BTD.shape[:1], mesh):
     # Rows held by several devices at once gave wrong gradients here (tests/training/test_mesh.py).
     raise ConfigError(f'{told[0]} devices of the mesh; use a batch that is, or a smaller mesh')
-  batch = spec('B', x_BTD.shape[:1], mesh)
+  batch, weights = PartitionSpec(TABLE['B']), PartitionSpec(TABLE['E'])
 
   def body(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
     first = jax.lax.axis_index('expert') * wi_ED2F.shape[0]
@@ -123,7 +123,6 @@ def dispatch(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
     y_BTD = experts(*map(flat, tokens), wi_ED2F, wo_EFD, first).reshape(tokens[0].shape)
     return jax.lax.psum_scatter(y_BTD, 'expert', tiled=True)
 
-  weights = PartitionSpec('expert') if mesh.shape['expert'] > 1 else PartitionSpec()
   return jax.shard_map(body, in_specs=(batch, batch, batch, weights, weights), out_specs=batch,
                        check_vma=True)(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD)
 
