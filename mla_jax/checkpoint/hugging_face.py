@@ -1,6 +1,7 @@
 """DeepSeek-V2 and -V3 directories in Hugging Face's layout, in and out: config.json and *.safetensors.
 
   python -m mla_jax.checkpoint.hugging_face export WORKDIR DIR [--dtype=bfloat16] [--fp8=float32|ue8m0]
+  python -m mla_jax.checkpoint.hugging_face config DIR FILE.py     a config for train.py --init_from=DIR
 
 `load` streams: a tensor, or the part of it that this process's devices hold, is read, taken out of FP8, laid out our
 way and handed to its devices, then the next. `save` is the same backwards. Nothing is unpickled and no code of a
@@ -12,7 +13,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 import sys
 from collections import deque
@@ -46,6 +46,21 @@ FILE_BYTES = 5 * 10**9
 # What a directory holds beside config.json and weights that a tokenizer or a server wants. No code.
 CARRIED = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'special_tokens_map.json', 'added_tokens.json',
            'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json', 'generation_config.json')
+
+CONFIG_FILE = '''"""The model of {directory}, to go on training it.
+
+Command:  python train.py --config={file} --init_from={directory} --workdir=runs/mine [--config.data.source=... ...]
+"""
+
+from mla_jax.config import Config, DataConfig, ModelConfig, RopeScaling
+
+
+def get_config() -> Config:
+  return Config(
+      data=DataConfig(tokenizer={tokenizer!r}),
+      model=ModelConfig(
+          {fields}))
+'''
 
 
 class Job(NamedTuple):
@@ -312,7 +327,7 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
     except ValueError as error:
       raise HFError(f'{entry.name}: {error}, so it has no FP8 form') from error
 
-  with _appearing(directory) as partial:
+  with tensor_files.appearing(directory) as partial:
     total = sum(entry.nbytes for group in groups for entry in group)
     with _progress(total, 'saving') as done:
       tensor_files.write(partial, groups, make, file_bytes, done)
@@ -339,32 +354,6 @@ def _special_ids(folder: Path) -> dict[str, int]:
   return {f'{key}_token_id': ids[token] for key, token in contents.items() if token in ids}
 
 
-@contextlib.contextmanager
-def _appearing(directory: Path) -> Iterator[Path]:
-  """A directory to write in, which takes its name when all is on disk; on an error nothing is left."""
-  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-    raise HFError(f'{directory} exists and is not empty; name another directory')
-  partial = directory.with_name(f'.{directory.name}.{os.getpid()}.partial')
-  try:
-    partial.mkdir(parents=True)
-    yield partial
-    _sync(partial)
-    partial.rename(directory)
-    _sync(directory.parent)
-  except OSError as error:
-    raise HFError(f'{directory} can not be written ({error})') from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(folder: Path):
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
-
-
 def define_flags(flag_values: flags.FlagValues):
   """The command's flags: defined only when it runs, since other programs have some of the same names."""
   flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the weights; default: as the checkpoint has them',
@@ -373,18 +362,32 @@ def define_flags(flag_values: flags.FlagValues):
                     flag_values=flag_values)
 
 
+def write_config(directory: Path, file: Path):
+  """A file for train.py --config whose model is the directory's, to go on training it with --init_from."""
+  stored, values = tensor_files.scan(directory), read_json(directory / 'config.json')
+  config = _without_dropped_mtp(directory, config_from_hf(values), stored)
+  if file.exists():
+    raise HFError(f'{file} exists; name another file')
+  tokenizer = str(directory.absolute()) if (directory / 'tokenizer.json').is_file() else 'byte'
+  fields = ',\n          '.join(f'{key}={getattr(config, key)!r}' for key in ModelConfig.__dataclass_fields__)
+  file.write_text(CONFIG_FILE.format(directory=directory, file=file, tokenizer=tokenizer, fields=fields))
+
+
 def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
   try:
-    if len(argv) != 4 or argv[1] != 'export':
-      raise HFError('usage: python -m mla_jax.checkpoint.hugging_face export WORKDIR DIR [--dtype=...] [--fp8=...]')
-    workdir, directory = map(Path, argv[2:])
-    config, params, buffers = store.read_run(workdir)
-    save(directory, config.model, params, buffers, dtype=flag_values.dtype, fp8=flag_values.fp8,
-         tokenizer=workdir / 'tokenizer')
+    if len(argv) != 4 or argv[1] not in ('export', 'config'):
+      raise HFError('usage: python -m mla_jax.checkpoint.hugging_face export WORKDIR DIR, or config DIR FILE.py')
+    source, target = map(Path, argv[2:])
+    if argv[1] == 'config':
+      write_config(source, target)
+    else:
+      config, params, buffers = store.read_run(source)
+      save(target, config.model, params, buffers, dtype=flag_values.dtype, fp8=flag_values.fp8,
+           tokenizer=source / 'tokenizer')
   except ConfigError as error:
     print(f'hugging_face: error: {error}', file=sys.stderr)
     return 2
-  print(f'{directory}: written')
+  print(f'{target}: written')
   return 0
 
 

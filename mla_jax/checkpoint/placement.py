@@ -15,7 +15,7 @@ class HostShard:
 
   def __init__(self, shape, dtype):
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
+    memory = np.zeros(size + ALIGNMENT, np.uint8)  # a bias that no file holds stays 0
     start = -memory.ctypes.data % ALIGNMENT
     self.array = memory[start:start + size].view(dtype).reshape(shape)
 

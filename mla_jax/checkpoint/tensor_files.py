@@ -6,12 +6,14 @@ file, FP8 scales in ue8m0 have a dtype, a file is written one tensor at a time, 
 https://github.com/huggingface/safetensors#format
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -271,3 +273,29 @@ def write_text(path: Path, text: str):
     file.write(text + '\n')
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def appearing(directory: Path) -> Iterator[Path]:
+  """A directory to write in, which takes its name when all is on disk; on an error nothing is left."""
+  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    raise HFError(f'{directory} exists and is not empty; name another directory')
+  partial = directory.with_name(f'.{directory.name}.{os.getpid()}.partial')
+  try:
+    partial.mkdir(parents=True)
+    yield partial
+    _sync(partial)
+    partial.rename(directory)
+    _sync(directory.parent)
+  except OSError as error:
+    raise HFError(f'{directory} can not be written ({error})') from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(folder: Path):
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
