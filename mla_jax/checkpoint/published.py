@@ -1,4 +1,5 @@
-"""The published tensors of DeepSeek-V2 and -V3, and where each lies in our tree.
+"""The published tensors of DeepSeek-V2 and -V3, and of the grouped-query models beside them (Llama, Qwen2, Mistral),
+and where each lies in our tree.
 
 `TOP`, `LAYER`, `MODULE` and `BIAS` are one table. `views` pairs a published tensor with its place in ours; assigned one
 way it loads, assigned the other way it exports. `part` says which region of a tensor a shard of our array needs.
@@ -42,10 +43,16 @@ TOP = (
 LAYER = (
     Row('input_layernorm.weight', 'D', 'norm_attention_D'),
     Row('self_attn.q_proj.weight', 'NH D', 'attention/wq_DNH'),
+    Row('self_attn.q_proj.bias', 'NH', 'attention/bq_NH'),
+    Row('self_attn.k_proj.weight', 'GH D', 'attention/wk_DGH'),
+    Row('self_attn.k_proj.bias', 'GH', 'attention/bk_GH'),
+    Row('self_attn.v_proj.weight', 'GV D', 'attention/wv_DGV'),
+    Row('self_attn.v_proj.bias', 'GV', 'attention/bv_GV'),
     Row('self_attn.q_a_proj.weight', 'Q D', 'attention/wdq_DQ'),
     Row('self_attn.q_a_layernorm.weight', 'Q', 'attention/norm_q_Q'),
     Row('self_attn.q_b_proj.weight', 'NH Q', 'attention/wuq_QNH'),
     Row('self_attn.kv_a_proj_with_mqa.weight', 'J D', 'attention/wdkv_DJ'),
+    Row('self_attn.kv_a_proj_with_mqa.bias', 'J', 'attention/bdkv_J'),
     Row('self_attn.kv_a_layernorm.weight', 'C', 'attention/norm_kv_C'),
     Row('self_attn.kv_b_proj.weight', 'NK C', 'attention/wuk_CNK', stacked='KV'),
     Row('self_attn.kv_b_proj.weight', 'NV C', 'attention/wuv_CNV', stacked='KV'),
@@ -183,7 +190,7 @@ def views(tensor, array, row: Row, config: ModelConfig) -> Iterator[tuple]:
     if letter in row.stacked:
       start, axis = sum(sizes[part] for part in row.stacked[:row.stacked.index(letter)]), i
       cuts = [(slice(start, start + sizes[letter]), slice(None))]
-    elif letter in 'HJ':  # both end in the rope width
+    elif letter in 'HJ' and config.attention == 'mla':  # both end in the rope width
       # Published pairs are (2i, 2i + 1), ours (i, i + R/2).
       start, half, axis = sizes[letter] - config.qk_rope_head_dim, config.qk_rope_head_dim // 2, i
       cuts = [(slice(start), slice(start)),

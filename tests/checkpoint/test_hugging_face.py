@@ -351,7 +351,7 @@ def test_yarn_without_mscale_all_dim_keeps_the_softmax_scale():
 
 
 @pytest.mark.parametrize(('changes', 'line'), [
-    (dict(model_type='llama'), "model_type='llama' is unknown; use one of 'deepseek_v2', 'deepseek_v3'"),
+    (dict(model_type='gpt2'), "model_type='gpt2' is unknown; use one of 'deepseek_v2', 'deepseek_v3'"),
     (dict(model_type=None), 'model_type=None is unknown'),
     (dict(kv_lora_rank=None, v_head_dim=None), 'config.json lacks kv_lora_rank, v_head_dim'),
     (dict(moe_intermediate_size=None), 'config.json lacks moe_intermediate_size'),

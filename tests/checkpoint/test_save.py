@@ -222,7 +222,7 @@ def test_what_nobody_could_read_is_not_written(tmp_path):
       config_to_hf(dataclasses.replace(WIDE, **changes), 'float32')
     return str(error.value)
 
-  assert 'has no DeepSeek layout' in line(attention='mha')
+  assert 'with experts or MTP modules is no published model' in line(attention='mha')
   assert "scoring_func='softmax' with topk_method='noaux_tc'" in line(scoring_func='softmax')
   assert 'no MTP layers' in line(topk_method='greedy')
   assert "norm_topk_prob=True with topk_method='greedy'" in line(
