@@ -19,7 +19,7 @@ demo: .venv/ready
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: .venv/ready-dev
+test-long: .venv/ready-dev .venv-peers/ready
 	$(BIN)/python -m pytest -m long
 
 lint: .venv/ready-dev

@@ -30,10 +30,11 @@ from mla_jax import axes
 from mla_jax.checkpoint import block_fp8, published, store, tensor_files
 from mla_jax.checkpoint.placement import Target, fetch
 from mla_jax.checkpoint.published import BIAS, SCALE, Place
-from mla_jax.checkpoint.published_config import config_from_hf, config_to_hf
+from mla_jax.checkpoint.published_config import config_from_hf, config_to_hf, fp8_block
 from mla_jax.checkpoint.tensor_files import DTYPES, Entry, HFError, Reader, Stored, read_json, whole
 from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.model.layers import FLOAT32_WEIGHTS
+from mla_jax.model.rope import inverse_frequencies
 from mla_jax.model.transformer import abstract
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ SCALES = ('F32', 'F8_E8M0')
 AHEAD = 4  # tensors that threads read while the one before them is placed
 COMPARED = 64 << 20  # bytes of a repeated tensor compared at a time
 FILE_BYTES = 5 * 10**9
+FREQUENCIES = '.self_attn.rotary_emb.inv_freq'  # in some Llama files: what follows from config.json
 # What a directory holds beside config.json and weights that a tokenizer or a server wants. No code.
 CARRIED = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'special_tokens_map.json', 'added_tokens.json',
            'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json', 'generation_config.json')
@@ -106,6 +108,9 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None) -> t
     for name, of in repeats.items():
       if name in stored and not _same(reader, name, of):
         raise HFError(f'{directory}: {name} differs from {of}, which the model shares; it would be lost')
+    for name in stored:
+      if name.endswith(FREQUENCIES) and not _are_frequencies(reader.read(name), config):
+        raise HFError(f"{directory}: {name} is not what config.json's rope settings give; it would be lost")
     log.debug('read %d bytes of %s', reader.bytes_read, directory)
   arrays = {path: targets.pop(path).finish() for path in list(targets)}
   return config, _nest(params, arrays), _nest(buffers, arrays)
@@ -123,17 +128,18 @@ def _without_dropped_mtp(directory, config: ModelConfig, stored) -> ModelConfig:
 
 def check(directory, values: dict, stored: dict[str, Stored], expected: dict, repeats) -> tuple[int, int] | None:
   """Compares the files' tensors with those the model has, and returns the size of FP8's blocks. Raises HFError."""
-  problems, block = [], _block(values)
+  problems, block = [], fp8_block(values)
 
   def report(what, found):
     if found:
       more = f', and {len(found) - 3} more' if len(found) > 3 else ''
       problems.append(f'{what} {len(found)} ({", ".join(found[:3])}{more})')
 
-  fp8 = [name for name in expected if name in stored and stored[name].dtype == 'F8_E4M3']
+  fp8 = {name: None for name in expected if name in stored and stored[name].dtype == 'F8_E4M3'}  # an ordered set
   scales = {name + SCALE: name for name in fp8}
   report('missing', [name for name in expected if name not in stored and name not in repeats])
-  report('extra', [name for name in stored if name not in expected and name not in repeats and name not in scales])
+  report('extra', [name for name in stored if not (name in expected or name in repeats or name in scales
+                                                    or name.endswith(FREQUENCIES))])
   shapes = expected | {name: expected[of] for name, of in repeats.items()}
   report('misshapen', [f'{name} is {list(stored[name].shape)}, not {list(shape)}' for name, shape in shapes.items()
                        if name in stored and stored[name].shape != shape])
@@ -141,7 +147,7 @@ def check(directory, values: dict, stored: dict[str, Stored], expected: dict, re
     raise HFError(f'{directory}: its tensors are not those of its config.json: {"; ".join(problems)}')
 
   if fp8 and block is None:
-    raise HFError(f'{directory}: {fp8[0]} is F8_E4M3, but config.json has no quantization_config; add it')
+    raise HFError(f'{directory}: {next(iter(fp8))} is F8_E4M3, but config.json has no quantization_config; add it')
   if block is not None and not fp8:
     log.warning('%s: config.json has a quantization_config, but no tensor is FP8: read as they are', directory)
   for name in shapes.keys() & stored.keys():
@@ -158,19 +164,6 @@ def check(directory, values: dict, stored: dict[str, Stored], expected: dict, re
       raise HFError(f'{scale.file}: {name + SCALE} is {scale.dtype} {list(scale.shape)}, not F32 or F8_E8M0 '
                     f'{list(block_fp8.scale_shape(expected[name], block))}, one a block of {list(block)}')
   return block
-
-
-def _block(values: dict) -> tuple[int, int] | None:
-  """The size of FP8's blocks, from config.json; None: it says nothing of FP8."""
-  said = values.get('quantization_config')
-  if not said:
-    return None
-  block = said.get('weight_block_size') if isinstance(said, dict) else None
-  if (not isinstance(said, dict) or said.get('quant_method') != 'fp8' or said.get('fmt', 'e4m3') != 'e4m3'
-      or not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block)):
-    raise HFError(f"config.json: quantization_config {said} is not supported; only quant_method 'fp8', fmt 'e4m3' with "
-                  'a weight_block_size is')
-  return tuple(block)
 
 
 def _kinds(shapes, places, stored, dtype) -> Iterator[np.dtype]:
@@ -246,6 +239,12 @@ def _same(reader: Reader, name: str, of: str) -> bool:
   return all(np.array_equal(reader.read(name, box), reader.read(of, box)) for box in boxes)
 
 
+def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
+  width = config.qk_rope_head_dim if config.attention == 'mla' else config.qk_head_dim
+  ours = inverse_frequencies(width, config.rope_theta, config.rope_scaling)
+  return stored.shape == ours.shape and np.allclose(stored.astype(np.float64), ours, rtol=0.01)  # some are bfloat16
+
+
 def _ahead(function: Callable, items: list) -> Iterator[tuple]:
   """(item, function(item)) in order; threads work on the next few, so that reading and placing overlap."""
   pending = deque()
@@ -293,11 +292,7 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
       raise HFError(f'{"/".join(path)} lies on devices of several processes; save from one that holds the whole model, '
                     'e.g. after restoring the checkpoint there')
   kind = np.dtype(params['embedding_WD'].dtype if dtype is None else dtype)
-  values = config_to_hf(config, str(kind))
-  if fp8:
-    values['quantization_config'] = dict(quant_method='fp8', fmt='e4m3', activation_scheme='dynamic',
-                                         weight_block_size=list(block_fp8.BLOCK))
-    values['quantization_config'] |= dict(scale_fmt='ue8m0') if fp8 == 'ue8m0' else {}
+  values = config_to_hf(config, str(kind), fp8)
   if tokenizer is not None:
     values |= _special_ids(Path(tokenizer))
 

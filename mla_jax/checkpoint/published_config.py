@@ -6,6 +6,7 @@ on the latent, attention biases, a rope width with repeated frequencies), under 
 import dataclasses
 import logging
 
+from mla_jax.checkpoint.block_fp8 import BLOCK
 from mla_jax.checkpoint.tensor_files import HFError
 from mla_jax.config import ModelConfig, RopeScaling
 
@@ -96,9 +97,23 @@ def _rope(values: dict) -> tuple[float, RopeScaling]:
   return theta, RopeScaling(**defaults | given)
 
 
-def config_to_hf(config: ModelConfig, dtype: str) -> dict:
+def fp8_block(values: dict) -> tuple[int, int] | None:
+  """The size of FP8's blocks, from config.json; None: it says nothing of FP8."""
+  said = values.get('quantization_config')
+  if not said:
+    return None
+  block = said.get('weight_block_size') if isinstance(said, dict) else None
+  if (not isinstance(said, dict) or said.get('quant_method') != 'fp8' or said.get('fmt', 'e4m3') != 'e4m3'
+      or not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block)):
+    raise HFError(f"config.json: quantization_config {said} is not supported; only quant_method 'fp8', fmt 'e4m3' with "
+                  'a weight_block_size is')
+  return tuple(block)
+
+
+def config_to_hf(config: ModelConfig, dtype: str, fp8: str | None = None) -> dict:
   """config.json that says the same to old readers (rope_scaling, rope_theta, torch_dtype) and to transformers 5
-  (rope_parameters, dtype), and to us. Raises HFError where neither published kind of model computes what ours does."""
+  (rope_parameters, dtype), and to us. `fp8`: the format of the scales of a directory with FP8. Raises HFError where
+  no published kind of model computes what ours does."""
   c, kind = config, _kind(config)
   if kind in GROUPED:
     keys = (*REQUIRED_OF_GROUPED, 'tie_word_embeddings', 'rms_norm_eps', 'initializer_range')
@@ -109,6 +124,10 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
                    attention_bias=c.attention_bias)
     if not c.n_routed_experts:
       special['first_k_dense_replace'] = c.num_hidden_layers  # every reader asks for the layers from here on
+  if fp8:
+    special['quantization_config'] = dict(quant_method='fp8', fmt='e4m3', activation_scheme='dynamic',
+                                          weight_block_size=list(BLOCK))
+    special['quantization_config'] |= dict(scale_fmt='ue8m0') if fp8 == 'ue8m0' else {}
   rope = _rope_to_hf(c.rope_scaling)
   return dict(
       model_type=kind, **(dict(architectures=[ARCHITECTURES[kind]]) if kind in ARCHITECTURES else {}), dtype=dtype,

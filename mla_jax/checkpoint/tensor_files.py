@@ -9,6 +9,7 @@ https://github.com/huggingface/safetensors#format
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -21,6 +22,8 @@ import ml_dtypes
 import numpy as np
 
 from mla_jax.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 DTYPES = {
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
@@ -73,11 +76,17 @@ def scan(directory: Path) -> dict[str, Stored]:
   index = directory / INDEX
   named = _index(index) if index.exists() else None
   files = sorted(directory.glob('*.safetensors'))
+  if any(file.name.startswith('consolidated') for file in files) and len(files) > 1:
+    # Mistral's directories hold the model twice; this is the other layout.
+    log.warning('%s: consolidated*.safetensors is left out; the other files hold the model', directory)
+    files = [file for file in files if not file.name.startswith('consolidated')]
   lost = sorted(set((named or {}).values()) - {file.name for file in files})
   if lost:
     raise HFError(f'{directory}: {len(lost)} of the files that {index.name} names do not exist ({", ".join(lost[:3])})')
   if not files:
-    raise HFError(f'{directory} has no *.safetensors file')
+    pickled = ''.join(f'; {file.name} is a pickle, which can run code and is not read' for file in
+                      sorted(directory.glob('*.bin'))[:1])
+    raise HFError(f'{directory} has no *.safetensors file{pickled}')
   stored = {}
   for file in files:
     for name, tensor in _header(file).items():

@@ -36,7 +36,6 @@ from absl import app, flags
 from flax import nnx
 
 from mla_jax.checkpoint import hugging_face
-from mla_jax.checkpoint.published_config import config_to_hf
 from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.model.attention import context
 from mla_jax.model.block import take
@@ -200,10 +199,6 @@ def _layer_weights(stack: dict, index: int) -> dict:
 def add_latent_norm(config: ModelConfig, params: dict, moments_LYZ: np.ndarray) -> tuple[ModelConfig, dict]:
   """With a norm on the latent, whose weight is the latent's root mean square over the calibration text, so that an
   average token keeps its size; others do not."""
-  if config.attention_bias or config.rope_repeats > 1:
-    what = 'attention biases' if config.attention_bias else f'rope_repeats={config.rope_repeats}'
-    raise ConfigError(f'--latent_norm writes a deepseek_v3 directory, which has no {what}; convert without it, or '
-                      'use a model without biases and a rope_width of at most the head width')
   attention = params['dense_blocks']['attention']
   down_LDC = np.asarray(attention['wdkv_DJ'][..., :config.kv_lora_rank], np.float64)
   total_L = np.einsum('LYC,LYZ,LZC->L', down_LDC, moments_LYZ[:, :-1, :-1], down_LDC, optimize=True)
@@ -267,6 +262,10 @@ def run(source: Path, target: Path, tokens_BT, *, rank: int, rope_width: int, fo
   if tokens_BT.max() >= config.vocab_size:
     raise ConfigError(f'the calibration text has token id {tokens_BT.max()}, but the vocabulary ends before '
                       f'{config.vocab_size}; use the tokenizer of {source}')
+  if latent_norm and (config.attention_bias or p.repeats > 1):
+    what = 'attention biases' if config.attention_bias else f'rope_width={rope_width} beyond a head'
+    raise ConfigError(f'--latent_norm writes a deepseek_v3 directory, which has no {what}; convert without it, or '
+                      'use a model without biases and a rope_width of at most the head width')
   lines = []
 
   def report(stage, config, params):
@@ -285,7 +284,6 @@ def run(source: Path, target: Path, tokens_BT, *, rank: int, rope_width: int, fo
   if latent_norm:
     made = add_latent_norm(*made, moments_LYZ)
     report('normalised', *made)
-  config_to_hf(made[0], 'float32')  # what can't be written raises before anything is
   hugging_face.save(target, *made, buffers, tokenizer=source)
   return lines
 

@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from absl import flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -268,6 +269,46 @@ def test_commands(tmp_path):
     hugging_face.write_config(tmp_path / 'hf', file)
 
 
+def test_what_is_derived_is_checked_and_code_is_not_run(tmp_path, caplog):
+  """Frequencies beside the weights (Llama 2), the same model in another layout (Mistral), pickles, modelling code."""
+  config = dataclasses.replace(WIDE, attention='gqa', num_key_value_heads=1, head_dim=8, n_routed_experts=0,
+                               num_nextn_predict_layers=0)
+  params, _ = random_model(config)
+  hugging_face.save(tmp_path / 'hf', config, params, {})
+  values = json.loads((tmp_path / 'hf/config.json').read_text())
+  (tmp_path / 'hf/config.json').write_text(json.dumps(values | dict(auto_map=dict(AutoModel='mine.Model'))))
+  (tmp_path / 'hf/mine.py').write_text('raise SystemExit')
+  (tmp_path / 'hf/pytorch_model.bin').write_bytes(b'cos\nsystem\n.')
+  name = 'model.layers.0.self_attn.rotary_emb.inv_freq'
+  save_file({name: 10000 ** -(np.arange(4, dtype=np.float32) / 4)}, tmp_path / 'hf/more.safetensors')
+  save_file({'tok_embeddings.weight': np.ones(3)}, tmp_path / 'hf/consolidated.safetensors')
+  assert_same_bits(hugging_face.load(tmp_path / 'hf')[1], params)
+  assert 'consolidated*.safetensors is left out' in caplog.text
+  save_file({name: np.ones(4, np.float32)}, tmp_path / 'hf/more.safetensors')
+  with pytest.raises(HFError, match=r"inv_freq is not what config\.json's rope settings give"):
+    hugging_face.load(tmp_path / 'hf')
+  for file in (tmp_path / 'hf').glob('*.safetensors'):
+    file.unlink()
+  with pytest.raises(HFError, match=r'no \*\.safetensors file; pytorch_model\.bin is a pickle, which can run code'):
+    hugging_face.load(tmp_path / 'hf')
+
+
+@pytest.mark.parametrize(('arguments', 'line'), [
+    (['export', 'nowhere', 'out'], 'nowhere/config.json does not exist'),
+    (['config', 'nowhere', 'out.py'], 'nowhere has no *.safetensors file'),
+    (['export', 'nowhere'], 'usage: '), (['import', 'a', 'b'], 'usage: ')])
+def test_a_wrong_command_is_one_clear_line(arguments, line, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  values = flags.FlagValues()
+  hugging_face.define_flags(values)
+  values(['hugging_face'])
+  assert hugging_face.main(['hugging_face', *arguments], values) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('hugging_face: error: ')
+  assert line in error
+  assert error.count('\n') == 1
+
+
 def spoil_scale(tensors, value):
   name = next(n for n in tensors if n.endswith('_scale_inv'))
   tensors[name] = tensors[name].copy()
@@ -384,6 +425,18 @@ def test_pieces_written_on_a_device():
     found = hugging_face.load(GOLDEN / 'v3_plain', place=place, on_host=on_host)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found[1:]))
     assert_same_bits(found[1:], expected[1:])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('fp8', [[], ['--fp8']])
+def test_loading_holds_few_tensors_beside_the_model(fp8):
+  """450 MB in tensors of at most 8.4 MB (tests/checkpoint/measure_memory.py --megabytes=4000 is the 4.5 GB case)."""
+  script = Path(__file__).with_name('measure_memory.py')
+  out = subprocess.run([sys.executable, script, '--megabytes=400', *fp8], stdout=subprocess.PIPE, text=True, check=True,
+                       env=os.environ | dict(JAX_PLATFORMS='cpu', PYTHONPATH=str(Path(__file__).parents[2]))).stdout
+  seen = json.loads(out.splitlines()[-1])
+  assert seen['model'] > 400
+  assert seen['over'] < 60
 
 
 def on_devices(processes: int, fsdp: int, expert: int) -> list[dict]:

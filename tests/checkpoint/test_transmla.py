@@ -1,6 +1,7 @@
 """Grouped-query checkpoints to latent attention."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from mla_jax.axes import is_variable
-from mla_jax.checkpoint import hugging_face, transmla
-from mla_jax.config import ConfigError, ModelConfig
+from mla_jax.checkpoint import hugging_face, store, transmla
+from mla_jax.config import ConfigError, DataConfig, ModelConfig, from_dict, to_dict
+from mla_jax.data import pipeline
+from mla_jax.data.tokenizer import ByteTokenizer
 from mla_jax.language_model import LanguageModel
 from mla_jax.model import transformer
 
@@ -38,25 +42,41 @@ def convert(config, params, rank, rope_width, fold=0):
   return transmla.convert(config, params, moments_LYZ, transmla.plan(config, rank, rope_width, fold))
 
 
+@functools.cache
+def forward(config_json: str):
+  graph = transformer.abstract(from_dict(ModelConfig, json.loads(config_json))).graph
+  return jax.jit(lambda params, tokens_BT: nnx.merge(graph, params, {})(tokens_BT)[0])
+
+
+def logits(config, params, tokens_BT) -> np.ndarray:
+  with jax.default_matmul_precision('highest'):
+    return np.asarray(forward(json.dumps(to_dict(config)))(params, tokens_BT))
+
+
 def error(config, params, made) -> float:
-  """The largest difference of logits, in standard deviations, at positions the calibration did not see."""
+  """The largest difference of logits, in standard deviations, on a text the calibration did not see."""
   tokens_BT = np.random.default_rng(9).integers(0, 30, (2, 50))
-  ours, theirs = (np.asarray(LanguageModel(c, p, {}, dtype='float32').logits(tokens_BT)) for c, p in (
-      (config, params), made))
+  ours, theirs = logits(config, params, tokens_BT), logits(*made, tokens_BT)
   return np.abs(ours - theirs).max() / ours.std()
 
 
 @pytest.mark.parametrize('changes', [
-    {}, dict(attention_bias=True), dict(num_key_value_heads=1), dict(num_key_value_heads=4, attention_bias=True)])
+    dict(attention_bias=True), dict(num_key_value_heads=1), dict(num_key_value_heads=4)])
 def test_with_room_for_everything_it_is_exact(changes):
   config = dataclasses.replace(GQA, **changes)
   params, full = random_params(config), 8 * config.kv_heads
   made = convert(config, params, full, full)
   assert error(config, params, made) < 1e-4
   assert made[0].rope_repeats == config.kv_heads
-  # And in the cache, absorbed, as it is decoded.
+
+
+@pytest.mark.long
+def test_it_decodes_the_same():
+  """Over the cache, absorbed."""
+  config = dataclasses.replace(GQA, attention_bias=True)
+  params = random_params(config)
   ours, theirs = (LanguageModel(c, p, {}, dtype='float32').generate([[1, 2, 3]], max_new_tokens=20)[0]
-                  for c, p in ((config, params), made))
+                  for c, p in ((config, params), convert(config, params, 16, 16)))
   assert ours.tokens == theirs.tokens
 
 
@@ -83,7 +103,7 @@ def test_frequencies_that_are_equal_fold(fold):
 def test_loss_shrinks_with_rank_and_does_not_depend_on_the_size_of_values():
   config = dataclasses.replace(GQA, num_key_value_heads=4)
   params = random_params(config)
-  errors = [error(config, params, convert(config, params, rank, 32)) for rank in (4, 12, 24, 32)]
+  errors = [error(config, params, convert(config, params, rank, 32)) for rank in (4, 20, 32)]
   assert errors == sorted(errors, reverse=True)
   assert errors[0] > 100 * errors[-1]
 
@@ -94,43 +114,34 @@ def test_loss_shrinks_with_rank_and_does_not_depend_on_the_size_of_values():
     return out
 
   # Keys that lose their rotation share the latent with the values: without balance the larger would crowd them out.
-  one, other = (np.asarray(LanguageModel(*convert(config, scaled(f), 30, 8), {}, dtype='float32').logits(TOKENS))
-                for f in (1.0, 64.0))
+  one, other = (logits(*convert(config, scaled(f), 30, 8), TOKENS) for f in (1.0, 64.0))
   np.testing.assert_allclose(one, other, atol=2e-3 * one.std())
 
 
-@pytest.mark.parametrize('changes', [{}, dict(attention_bias=True), dict(tie_word_embeddings=True)])
-def test_command(tmp_path, changes, capsys):
+@pytest.mark.parametrize('changes', [dict(attention_bias=True), dict(tie_word_embeddings=True)])
+def test_a_directory_becomes_another(tmp_path, changes, capsys):
+  """A Qwen2 without a norm on the latent, a Llama with one."""
   config = dataclasses.replace(GQA, **changes)
+  norm = not config.attention_bias
   hugging_face.save(tmp_path / 'source', config, random_params(config), {})
   values = json.loads((tmp_path / 'source/config.json').read_text())
-  assert values['model_type'] == ('qwen2' if config.attention_bias else 'llama')
+  assert values['model_type'] == ('llama' if norm else 'qwen2')
   np.save(tmp_path / 'tokens.npy', TOKENS)
   tokens_BT = transmla.read_calibration(tmp_path / 'source', str(tmp_path / 'tokens.npy'), 128, 40)
   np.testing.assert_array_equal(tokens_BT, TOKENS)
+  arguments = dict(rank=12, rope_width=8)
+  if not norm:
+    with pytest.raises(ConfigError, match='writes a deepseek_v3 directory, which has no attention biases'):
+      transmla.run(tmp_path / 'source', tmp_path / 'out', tokens_BT, latent_norm=True, **arguments)
 
-  lines = transmla.run(tmp_path / 'source', tmp_path / 'out', tokens_BT, rank=12, rope_width=8)
+  lines = transmla.run(tmp_path / 'source', tmp_path / 'out', tokens_BT, latent_norm=norm, **arguments)
   assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
-  original, dropped, compressed = lines
-  assert original['cache_bytes_per_token'] == 2 * (2 * 16) * 4
-  assert dropped['cache_bytes_per_token'] == 2 * (24 + 8) * 4  # nothing is saved before compression
-  assert compressed['cache_bytes_per_token'] == 2 * (12 + 8) * 4
-  lm = LanguageModel.load(tmp_path / 'out')
-  assert json.loads((tmp_path / 'out/config.json').read_text())['model_type'] == 'mla_jax'
-  assert transmla.perplexity(lm.config, lm.decoder.params, {}, TOKENS) == pytest.approx(compressed['perplexity'])
-  source = LanguageModel.load(tmp_path / 'source')
-  assert transmla.perplexity(source.config, source.decoder.params, {}, TOKENS) == pytest.approx(original['perplexity'])
-
-  if config.attention_bias:
-    with pytest.raises(ConfigError, match='a deepseek_v3 directory, which has no attention biases'):
-      transmla.run(tmp_path / 'source', tmp_path / 'normed', tokens_BT, rank=12, rope_width=8, latent_norm=True)
-    assert not (tmp_path / 'normed').exists()
-    return
-  lines = transmla.run(tmp_path / 'source', tmp_path / 'normed', tokens_BT, rank=12, rope_width=8, latent_norm=True)
-  assert lines[-1]['stage'] == 'normalised'
-  assert json.loads((tmp_path / 'normed/config.json').read_text())['model_type'] == 'deepseek_v3'
-  lm = LanguageModel.load(tmp_path / 'normed')
-  assert transmla.perplexity(lm.config, lm.decoder.params, {}, TOKENS) == pytest.approx(lines[-1]['perplexity'])
+  bytes_of = {line['stage'].partition(',')[0]: line['cache_bytes_per_token'] for line in lines}
+  expected = dict(original=2 * (2 * 16) * 4, rotated=2 * (24 + 8) * 4, compressed=2 * (12 + 8) * 4)
+  assert bytes_of == expected | (dict(normalised=expected['compressed']) if norm else {})
+  made = hugging_face.load(tmp_path / 'out')
+  assert json.loads((tmp_path / 'out/config.json').read_text())['model_type'] == ('deepseek_v3' if norm else 'mla_jax')
+  assert transmla.perplexity(*made, TOKENS) == pytest.approx(lines[-1]['perplexity'])
 
 
 @pytest.mark.parametrize(('arguments', 'line'), [
@@ -167,36 +178,41 @@ def python(*command) -> str:
   return done.stdout
 
 
+@pytest.fixture(scope='module')
+def small_llama(tmp_path_factory) -> Path:
+  """A small grouped-query model that train.py trained on the standard library, as a Llama directory."""
+  folder = tmp_path_factory.mktemp('small')
+  (folder / 'gqa.py').write_text(SMALL_GQA)
+  python('train.py', f'--config={folder / "gqa.py"}', f'--workdir={folder / "run"}')
+  python('-m', 'mla_jax.checkpoint.hugging_face', 'export', folder / 'run', folder / 'llama')
+  return folder / 'llama'
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('norm', [False, True])
-def test_a_short_fine_tune_recovers(tmp_path, norm):
-  """train.py trains a small grouped-query model on the standard library; a third of its cache is cut to a fifth; a
-  tenth of the steps brings most of the loss back."""
-  config = tmp_path / 'gqa.py'
-  config.write_text(SMALL_GQA)
-  training = '--config.training.eval_batches=8', '--config.training.batch_size=8'
-  python('train.py', f'--config={config}', f'--workdir={tmp_path / "run"}', *training)
-  python('-m', 'mla_jax.checkpoint.hugging_face', 'export', tmp_path / 'run', tmp_path / 'llama')
-  out = python('-m', 'mla_jax.checkpoint.transmla', tmp_path / 'llama', tmp_path / 'mla', '--kv_lora_rank=24',
+def test_a_short_fine_tune_recovers(small_llama, tmp_path, norm):
+  """The cache falls to 22%. A fifth of the original steps brings more than half of the lost nats back, on files that
+  neither training nor calibration saw."""
+  out = python('-m', 'mla_jax.checkpoint.transmla', small_llama, tmp_path / 'mla', '--kv_lora_rank=12',
                '--rope_width=16', '--sequences=64', '--length=128', *(['--latent_norm'] if norm else []))
   stages = [json.loads(line) for line in out.splitlines() if line.startswith('{')]
   python('-m', 'mla_jax.checkpoint.hugging_face', 'config', tmp_path / 'mla', tmp_path / 'mla.py')
-  python('train.py', f'--config={tmp_path / "mla.py"}', f'--workdir={tmp_path / "tuned"}', *training,
-         f'--init_from={tmp_path / "mla"}', '--config.training.steps=60', '--config.training.sequence_length=128',
-         '--config.training.eval_interval=60', '--config.optimizer.learning_rate=1e-3',
-         '--config.data.piece_bytes=1024', '--config.training.compute_dtype=float32')
+  python('train.py', f'--config={tmp_path / "mla.py"}', f'--init_from={tmp_path / "mla"}',
+         f'--workdir={tmp_path / "tuned"}', '--config.training.steps=100', '--config.training.sequence_length=128',
+         '--config.training.batch_size=8', '--config.training.compute_dtype=float32', '--config.data.piece_bytes=1024',
+         '--config.optimizer.learning_rate=1e-3', '--config.optimizer.warmup_tokens=10240',
+         '--config.optimizer.cosine_until_tokens=102400')
 
-  def held_out(run):
-    return [json.loads(line)['held_out_loss'] for line in (tmp_path / run / 'metrics.jsonl').read_text().splitlines()
-            if 'held_out_loss' in line][-1]
-
-  report = dict(stages=stages, trained=held_out('run'), tuned=held_out('tuned'))
-  print(json.dumps(report))
-  before = np.log(stages[-1]['perplexity']) - np.log(stages[0]['perplexity'])
-  after = held_out('tuned') - held_out('run')
-  assert before > 0.1  # compression costs
-  assert after < 0.35 * before
-  assert stages[-1]['cache_bytes_per_token'] <= 0.32 * stages[0]['cache_bytes_per_token']
+  batches = pipeline.held_out_batches(DataConfig(piece_bytes=1024), ByteTokenizer(), length=129, batch_size=8,
+                                      num_batches=8)
+  tokens_BT = np.concatenate([np.asarray(batch['tokens']) for batch in batches])
+  config, params, buffers = store.read_run(tmp_path / 'tuned')
+  original, converted, tuned = (np.log(transmla.perplexity(*model, tokens_BT)) for model in (
+      hugging_face.load(small_llama), hugging_face.load(tmp_path / 'mla'), (config.model, params, buffers)))
+  print(json.dumps(dict(stages=stages, held_out_nats=dict(original=original, converted=converted, tuned=tuned))))
+  assert converted - original > 0.1
+  assert tuned - original < 0.5 * (converted - original)
+  assert stages[-1]['cache_bytes_per_token'] < 0.22 * stages[0]['cache_bytes_per_token']
 
 
 SMALL_GQA = '''

@@ -16,6 +16,7 @@ import pytest
 
 import mla_jax
 from mla_jax.axes import is_variable
+from mla_jax.checkpoint import transmla
 from mla_jax.config import ModelConfig, RopeScaling
 from mla_jax.data.tokenizer import ByteTokenizer
 from mla_jax.model import transformer
@@ -35,6 +36,9 @@ V2 = dataclasses.replace(
     V3, topk_method='group_limited_greedy', scoring_func='softmax', norm_topk_prob=False, num_nextn_predict_layers=0,
     n_shared_experts=2, routed_scaling_factor=16.0,
     rope_scaling=dataclasses.replace(YARN, mscale=0.707, mscale_all_dim=0.707))
+GQA = ModelConfig(
+    vocab_size=264, hidden_size=48, num_hidden_layers=3, max_position_embeddings=640, attention='gqa',
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=40, rope_theta=1000.0)
 MODELS = {
     'v3': V3,
     'v2_lite': dataclasses.replace(V2, q_lora_rank=0, topk_method='greedy', routed_scaling_factor=1.0, n_group=1,
@@ -48,6 +52,8 @@ MODELS = {
                                num_experts_per_tok=1, rope_scaling=RopeScaling()),
     # Several blocks, but no ragged ones, which transformers can't take out of FP8 on a CPU.
     'fp8': dataclasses.replace(V3, hidden_size=256, q_lora_rank=128),
+    'llama': GQA,
+    'qwen2': dataclasses.replace(GQA, attention_bias=True, tie_word_embeddings=True),
     'fp8 ue8m0': dataclasses.replace(V3, hidden_size=256, q_lora_rank=128),
 }
 
@@ -100,6 +106,10 @@ def compared(folder, trained):
     lm.save_hf(folder / name, fp8={'fp8': 'float32', 'fp8 ue8m0': 'ue8m0'}.get(name))
     if name.startswith('fp8'):
       models[name] = mla_jax.LanguageModel.load(folder / name, 'float32')
+  # A Llama with latent attention, in the deepseek_v3 layout that has a norm on the latent.
+  calibration = np.random.default_rng(2).integers(0, 264, (8, 64)).astype(np.int32)
+  transmla.run(folder / 'llama', folder / 'transmla', calibration, rank=24, rope_width=8, latent_norm=True)
+  models['transmla'] = mla_jax.LanguageModel.load(folder / 'transmla')
   # Not from what was exported but from the run itself.
   models['trained'] = mla_jax.LanguageModel.load(folder / 'run', 'float32')
   random, cases, tokens = np.random.default_rng(1), [], {}
@@ -121,7 +131,7 @@ def compared(folder, trained):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('name', [*MODELS, 'trained'])
+@pytest.mark.parametrize('name', [*MODELS, 'transmla', 'trained'])
 def test_same_logits_at_all_positions(compared, name):
   lm, tokens_BT, theirs = compared[name]
   ours = np.asarray(lm.logits(tokens_BT))
