@@ -387,5 +387,6 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
 
 
 if __name__ == '__main__':
+  logging.getLogger('absl').setLevel(logging.WARNING)  # Orbax logs there
   define_flags(flags.FLAGS)
   app.run(main)

@@ -23,6 +23,7 @@ Two outputs: without a norm on the latent (model_type 'mla_jax', which this proj
 import dataclasses
 import functools
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -321,5 +322,6 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
 
 
 if __name__ == '__main__':
+  logging.getLogger('absl').setLevel(logging.WARNING)  # Orbax logs there
   define_flags(flags.FLAGS)
   app.run(main)
