@@ -19,12 +19,14 @@ _interpreting = contextvars.ContextVar('interpreting', default=False)
 class Chip:
   """vmem: bytes of vector memory a core has. cores: TensorCores that one device drives (two on v4 and v5p).
 
-  attention_block: queries, and keys, of a block; matmul_rows: rows of a grouped matmul's tile; decode_keys: cached keys
+  attention_block: queries, and keys, of a block; attention_queries: most queries
+  whose gradient one call makes; matmul_rows: rows of a grouped matmul's tile; decode_keys: cached keys
   a step. A block's matrix products should outlast the fixed cost of a grid step, about 0.35 us.
   """
 
   vmem: int
   attention_block: int = 512
+  attention_queries: int = 1 << 30
   matmul_rows: int = 512
   decode_keys: int = 512
   cores: int = 1
@@ -39,7 +41,7 @@ CHIPS = {
   'TPU v6 lite': _V6E, 'TPU v6e': _V6E,
   'TPU7x': Chip(64 * MIB, attention_block=1024, decode_keys=1024),
   # Interpreted: blocks so small that small arrays have several.
-  'cpu': Chip(16 * MIB, attention_block=32, matmul_rows=16, decode_keys=64),
+  'cpu': Chip(16 * MIB, attention_block=32, attention_queries=64, matmul_rows=16, decode_keys=64),
 }
 OTHER = Chip(16 * MIB, attention_block=256, matmul_rows=256)  # TPU v4 and older
 
