@@ -17,31 +17,34 @@ _interpreting = contextvars.ContextVar('interpreting', default=False)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """vmem: bytes of vector memory a core has. cores: TensorCores that one device drives (two on v4 and v5p).
+  """What kernels' tiles depend on; a block's matrix products should outlast the fixed cost of a grid step, about 0.35 us.
 
-  attention_block: queries, and keys, of a block; attention_queries: most queries
-  whose gradient one call makes; matmul_rows: rows of a grouped matmul's tile; decode_keys: cached keys
-  a step. A block's matrix products should outlast the fixed cost of a grid step, about 0.35 us.
+  vmem: bytes of vector memory a core has. cores: TensorCores that one device drives (two on v4 and v5p).
+  attention_block: queries, and keys, of a block. attention_queries: most queries whose gradient one call makes.
+  matmul_unit: width of the matrix unit. matmul_rows, matmul_columns: most of a grouped matmul's tile.
+  decode_keys: cached keys a step.
   """
 
   vmem: int
+  cores: int = 1
   attention_block: int = 512
   attention_queries: int = 1 << 30
+  matmul_unit: int = 128
   matmul_rows: int = 512
+  matmul_columns: int = 2048
   decode_keys: int = 512
-  cores: int = 1
 
 
 _V5E = Chip(128 * MIB)
 _V5P = Chip(64 * MIB)
-_V6E = Chip(128 * MIB, attention_block=1024, decode_keys=1024)
+_V6E = Chip(128 * MIB, attention_block=1024, matmul_unit=256, decode_keys=1024)
 CHIPS = {
   'TPU v5 lite': _V5E, 'TPU v5e': _V5E,
   'TPU v5': _V5P, 'TPU v5p': _V5P,
   'TPU v6 lite': _V6E, 'TPU v6e': _V6E,
-  'TPU7x': Chip(64 * MIB, attention_block=1024, decode_keys=1024),
+  'TPU7x': Chip(64 * MIB, attention_block=1024, matmul_unit=256, decode_keys=1024),
   # Interpreted: blocks so small that small arrays have several.
-  'cpu': Chip(16 * MIB, attention_block=32, attention_queries=64, matmul_rows=16, decode_keys=64),
+  'cpu': Chip(16 * MIB, attention_block=32, attention_queries=64, matmul_rows=16, matmul_columns=16, decode_keys=64),
 }
 OTHER = Chip(16 * MIB, attention_block=256, matmul_rows=256)  # TPU v4 and older
 
