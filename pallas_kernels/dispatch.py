@@ -23,16 +23,18 @@ class Implementation:
 
   platforms: those it serves ('cpu', 'gpu', 'tpu'); None = all.
   unavailable: called at each choice, returns None, or in one clause why it cannot run now (jax too old, wrong chip).
-    An implementation that can also be interpreted elsewhere answers for that here and lists the platform.
+  interpreted: whether its kernels are being interpreted now, on the CPU; it then serves 'cpu' too.
   """
 
   name: str
   kernels: Any
   platforms: tuple[str, ...] | None = None
   unavailable: Callable[[], str | None] | None = None
+  interpreted: Callable[[], bool] | None = None
 
   def reason_unavailable(self, target: str) -> str | None:
-    if self.platforms is not None and target not in self.platforms:
+    interpreted = target == 'cpu' and self.interpreted is not None and self.interpreted()
+    if self.platforms is not None and target not in self.platforms and not interpreted:
       return f'it serves {", ".join(self.platforms)} and this program is for {target}'
     return self.unavailable() if self.unavailable else None
 
@@ -43,19 +45,19 @@ def platform(*operands) -> str:
   The ambient mesh decides, then a mesh an operand is laid out on: while compiling for a TPU that is not there,
   `jax.default_backend()` answers cpu. Without a mesh it is `jax.default_device` or the default backend.
   """
+  name = device(*operands).platform
+  return 'gpu' if name in ('cuda', 'rocm') else name
+
+
+def device(*operands):
+  """The device, as `platform` finds it: present, or a `jax.sharding.AbstractDevice` where a mesh says so."""
   meshes = [jax.sharding.get_abstract_mesh()]
   meshes += [jax.typeof(x).sharding.mesh for x in operands if x is not None]
   for mesh in meshes:
     if mesh.abstract_device is not None:
-      return _canonical(mesh.abstract_device.platform)
-  device = jax.config.jax_default_device
-  if device is None:
-    return _canonical(jax.default_backend())
-  return _canonical(device if isinstance(device, str) else device.platform)
-
-
-def _canonical(name: str) -> str:
-  return 'gpu' if name in ('cuda', 'rocm') else name
+      return mesh.abstract_device
+  default = jax.config.jax_default_device
+  return jax.local_devices(backend=default)[0] if default is None or isinstance(default, str) else default
 
 
 class Registry:

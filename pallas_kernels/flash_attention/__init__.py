@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.flash_attention import reference, xla
+from pallas_kernels import dispatch, mosaic_tpu
+from pallas_kernels.flash_attention import reference, tpu, xla
 
 
 def differentiable(kernels):
@@ -30,6 +30,7 @@ def differentiable(kernels):
 
 registry = dispatch.Registry(
   'flash_attention',
+  dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted),
   dispatch.Implementation('xla', differentiable(xla)),
   dispatch.Implementation('reference', reference.flash_attention),
 )

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.mla_decode import reference, xla
+from pallas_kernels import dispatch, mosaic_tpu
+from pallas_kernels.mla_decode import reference, tpu, xla
 
 registry = dispatch.Registry(
   'mla_decode',
+  dispatch.Implementation('tpu', tpu.mla_decode, ('tpu',), interpreted=mosaic_tpu.interpreted),
   dispatch.Implementation('xla', xla.mla_decode),
   dispatch.Implementation('reference', reference.mla_decode),
 )
