@@ -18,7 +18,7 @@ from mla_jax.config import ModelConfig
 from mla_jax.model.cache import Cache
 from mla_jax.model.layers import normal, ones, rms_norm
 from mla_jax.model.rope import rotate, rotation
-from pallas_kernels import flash_attention, mla_decode
+from pallas_kernels import flash_attention, make_plan, mla_decode
 
 FORMS = ('absorbed', 'expanded')
 
@@ -34,6 +34,7 @@ class Context(NamedTuple):
   valid_BT: jax.Array | None = None
   form: str = 'expanded'
   fresh: bool = False  # nothing was cached before this call: attend among the new tokens alone
+  decode_plan: NamedTuple | None = None  # absorbed form: how the chip's processors share the cache, for all layers
 
 
 def context(config: ModelConfig, positions_BT, segments_BT=None) -> Context:
@@ -47,7 +48,10 @@ def cached_context(config: ModelConfig, length: int, lengths_B, new_B, form: str
   positions_BT = lengths_B[:, None] + offset_T
   valid_BT = offset_T >= -new_B[:, None]
   segments_BT = valid_BT.astype(jnp.int32)
-  return Context(_rotation(config, positions_BT), segments_BT, positions_BT, lengths_B, valid_BT, form, fresh)
+  plan = None
+  if config.attention == 'mla' and form == 'absorbed':
+    plan = make_plan(lengths_B, tokens=length, heads=config.num_attention_heads)
+  return Context(_rotation(config, positions_BT), segments_BT, positions_BT, lengths_B, valid_BT, form, fresh, plan)
 
 
 def _rotation(config: ModelConfig, positions_BT):
@@ -68,13 +72,13 @@ def attend_expanded(q_BTNH, c_BSJ, wuk_CNK, wuv_CNV, *, scale, q_segments, kv_se
                            q_segments=q_segments, kv_segments=kv_segments)
 
 
-def attend_absorbed(q_BTNH, pages_PSJ, table_BP, lengths_B, wuk_CNK, wuv_CNV, *, scale):
+def attend_absorbed(q_BTNH, pages_PSJ, table_BP, lengths_B, wuk_CNK, wuv_CNV, *, scale, plan=None):
   """W_UK joins the query and W_UV the output: scores = (q_nope W_UK^T) . c + q_rope . k_rope, out = (P c) W_UV."""
   with jax.named_scope('mla/absorbed'):
     nope = wuk_CNK.shape[-1]
     q_BTNC = jnp.einsum('BTNK,CNK->BTNC', q_BTNH[..., :nope], wuk_CNK)
     q_BTNJ = jnp.concatenate([q_BTNC, q_BTNH[..., nope:]], axis=-1)
-    o_BTNC = mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, scale=scale, value_width=wuk_CNK.shape[0])
+    o_BTNC = mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, scale=scale, value_width=wuk_CNK.shape[0], plan=plan)
     return jnp.einsum('BTNC,CNV->BTNV', o_BTNC, wuv_CNV)
 
 
@@ -127,7 +131,8 @@ class LatentAttention(nnx.Module):
       o_BTNV = attend_expanded(q_BTNH, c_BSJ, *up, scale=scale, q_segments=ctx.segments_BT,
                                kv_segments=valid_BS.astype(jnp.int32))
     else:
-      o_BTNV = attend_absorbed(q_BTNH, cache.pages_PSJ, cache.layer_table(layer), ctx.lengths_B, *up, scale=scale)
+      o_BTNV = attend_absorbed(q_BTNH, cache.pages_PSJ, cache.layer_table(layer), ctx.lengths_B, *up, scale=scale,
+                               plan=ctx.decode_plan)
     return shard(jnp.einsum('BTNV,NVD->BTD', o_BTNV, self.wo_NVD[...]), 'BTD'), cache
 
 

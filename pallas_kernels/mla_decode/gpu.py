@@ -24,28 +24,42 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import schedule
+from pallas_kernels.mosaic_gpu import ROW, STREAMING_MULTIPROCESSORS, any_in_warp, opaque_zero
 
 ROWS = BLOCK = 64
-STREAMING_MULTIPROCESSORS = 132
 MERGE = 8  # partial results read at a time
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # of a running maximum: finite, so that exp2 of a masked score minus it is 0 and not NaN
 WG = plgpu.Layout.WGMMA
-ROW = plgpu.Layout.WGMMA.reduce(1)
-MULTICAST = True
-LAZY = 8.0
+LAZY = 8.0  # how far, in powers of two, a score may exceed the running maximum before that follows
 
 
 def programs(rows: int) -> tuple[int, int, int]:
   """(blocks of 64 rows, programs a cluster, parts the keys are divided into) for T * N rows."""
   blocks = -(-rows // ROWS)
-  cluster = 2 if blocks % 2 == 0 and MULTICAST else 1
+  cluster = 2 if blocks % 2 == 0 else 1
   return blocks, cluster, max(1, STREAMING_MULTIPROCESSORS // blocks)
 
 
 def make_plan(lengths_B, rows: int) -> schedule.Plan:
   return schedule.make(lengths_B, programs(rows)[2])
+
+
+def unsuitable(q_BTNJ, pages_PSJ, *, value_width) -> str | None:
+  """What about the operands this kernel does not serve, or None."""
+  width, page = pages_PSJ.shape[2], pages_PSJ.shape[1]
+  if not q_BTNJ.dtype == pages_PSJ.dtype == jnp.bfloat16:
+    return f'it takes bfloat16 and queries are {q_BTNJ.dtype}, the cache {pages_PSJ.dtype}'
+  if value_width % 128 or value_width > 512 or width - value_width != 64:
+    return (f'it takes a latent of 128, 256, 384 or 512 and a RoPE width of 64, and these are {value_width} and '
+            f'{width - value_width}')
+  if page not in (16, 32) and page % BLOCK:
+    return f'it takes pages of 16, 32 or a multiple of {BLOCK} tokens and these have {page}'
+  if (blocks := -(-q_BTNJ.shape[1] * q_BTNJ.shape[2] // ROWS)) > STREAMING_MULTIPROCESSORS:
+    return f'it takes up to {STREAMING_MULTIPROCESSORS} blocks of {ROWS} rows (query tokens x heads), here {blocks}'
+  return None
 
 
 def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width):
@@ -59,45 +73,8 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width)
   kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1], q_BTNJ.dtype.name,
                    float(scale))
   o_BMC, lse_BM, *_ = kernel(q_BMJ, pages_PSJ, table_BP.astype(jnp.int32), lengths_B, *plan)
-  return (o_BMC[:, :rows].reshape(batch, t, heads, value_width), lse_BM[:, :rows].reshape(batch, t, heads))
-
-
-def _opaque_zero():
-  """A zero the compiler cannot see through. Indexing with it keeps wgmma descriptors, some 140 registers of them, from
-  being hoisted out of the loop, where they would spill."""
-  from jax.experimental.mosaic import gpu as mgpu
-  from jaxlib.mlir import ir
-  from jaxlib.mlir.dialects import llvm
-
-  @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
-  def zero(_):
-    register = llvm.inline_asm(ir.IntegerType.get_signless(32), [], 'mov.u32 $0, 0;', '=r', has_side_effects=True)
-    return mgpu.FragmentedArray.splat(register, (), is_signed=True)
-
-  return zero()
-
-
-def _any_in_warp(x_M):
-  """Whether any of the rows held by this warp is positive: an int32 that is the same in a warp, not in a warpgroup, so
-  only register arithmetic may depend on it."""
-  from jax.experimental.mosaic import gpu as mgpu
-  from jaxlib.mlir import ir
-  from jaxlib.mlir.dialects import arith, llvm, vector
-
-  @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
-  def vote(_, x):
-    zero = arith.constant(ir.F32Type.get(), 0.0)
-    rows = [vector.extract(r, [], [0]) for r in x.registers.flat]
-    positive = [arith.cmpf(arith.CmpFPredicate.OGT, r, zero) for r in rows]
-    mine = functools.reduce(arith.ori, positive)
-    i32 = ir.IntegerType.get_signless(32)
-    register = llvm.inline_asm(
-      i32, [arith.extui(i32, mine)],
-      '{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }', '=r,r',
-      has_side_effects=True)
-    return mgpu.FragmentedArray.splat(register, (), is_signed=True)
-
-  return vote(x_M)
+  outputs = o_BMC[:, :rows].reshape(batch, t, heads, value_width), lse_BM[:, :rows].reshape(batch, t, heads)
+  return dispatch.vary(outputs, dispatch.varying_axes(q_BTNJ))
 
 
 def _accumulate(issue, *accumulators):
@@ -119,6 +96,8 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
   score_scale = scale * LOG2_E
   dtype = jnp.dtype(dtype)
   merged = min(rows, ROWS)
+  # Of a thread, in the warpgroups that compute and in the one that loads; pages below a block are more addresses.
+  registers = (240, 24) if copies == 1 else (232, 40) if copies == 2 else (216, 72)
 
   def body(q_g, kv_g, table_g, lengths_g, begin_g, parts_g, o_g, lse_g, part_o_g, part_lse_g,
            q_left, q_right, q_rope, k_left, k_right, k_rope, max_s, sum_s,
@@ -150,7 +129,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         shrink = jnp.exp2(m_old - m_new)
         return o * _columns(shrink, o), l * shrink
 
-      return lax.cond(_any_in_warp(m_new - m_old) > 0, scale, lambda: (o, l))
+      return lax.cond(any_in_warp(m_new - m_old), scale, lambda: (o, l))
 
     def zeros(shape):
       return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WG)
@@ -266,7 +245,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
       pl.when(segments > 1)(lambda: request_of(segments - 1))
 
     def consumer(side, work):
-      plgpu.set_max_registers(240, action='increase')
+      plgpu.set_max_registers(registers[0], action='increase')
 
       @pl.loop(0, segments)
       def _(i):
@@ -292,12 +271,12 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         plgpu.wgmma(acc, q_right.at[z], k_right.at[z].T)
         plgpu.wgmma(acc, q_rope.at[z], k_rope.at[z].T)
 
-      zero = _opaque_zero()
+      zero = opaque_zero()
       s, = _accumulate(lambda acc: scores(acc, zero), zeros((ROWS, BLOCK)))
 
       def step(i, carry):
         o, s, l, m = carry
-        zero = _opaque_zero()
+        zero = opaque_zero()
         s = mask(s, 2 * i, length)
         m0 = raised(m, s.max(axis=1) * score_scale)
         max_s[0] = m0
@@ -311,7 +290,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         free(0)
         plgpu.barrier_wait(b_max1)
         m1 = plgpu.load(max_s.at[1], layout=ROW)
-        rise = _any_in_warp(m1 - m0) > 0
+        rise = any_in_warp(m1 - m0)
 
         def scale_weights():
           weights = p16.astype(jnp.float32)
@@ -342,12 +321,12 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         plgpu.wgmma(acc, q_left.at[z], k_left.at[z + 1].T)
         plgpu.wgmma(acc, q_rope.at[z], k_rope.at[z + 1].T)
 
-      zero = _opaque_zero()
+      zero = opaque_zero()
       s, = _accumulate(lambda acc: scores(acc, zero), zeros((ROWS, BLOCK)))
 
       def step(i, carry):
         o, s, l, m = carry
-        zero = _opaque_zero()
+        zero = opaque_zero()
         s = mask(s, 2 * i + 1, length)
         top = s.max(axis=1) * score_scale
         plgpu.barrier_wait(b_max0)
@@ -405,7 +384,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
           plgpu.barrier_arrive(ready)
 
     def producer():
-      plgpu.set_max_registers(24, action='decrease')
+      plgpu.set_max_registers(registers[1], action='decrease')
 
       def run(i, loaded):
         request, length, _, begin, end = segment(i)
