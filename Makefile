@@ -7,7 +7,7 @@ BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu \
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: demo test test-long lint bench peers clean
+.PHONY: demo test test-long aot-tpu lint bench peers clean
 
 demo: .venv/ready
 	@test -f $(WORKDIR)/finished || { $(CPU) $(BIN)/python train.py --config=configs/tiny.py --workdir=$(WORKDIR) \
@@ -21,6 +21,10 @@ test: .venv/ready-dev
 
 test-long: .venv/ready-dev
 	$(BIN)/python -m pytest -m long
+
+# The TPU kernels compiled for TPUs that are not here: libtpu in an environment of its own.
+aot-tpu: .venv-tpu/ready
+	.venv-tpu/bin/python -m pytest -m long -rs tests/kernels/test_tpu_compile.py
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
@@ -40,10 +44,15 @@ peers: .venv-peers/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+.venv-tpu/ready: requirements-tpu.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
+	@touch $@
+
 .venv-peers/ready: requirements-peers.txt
 	python3 -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-peers
+	rm -rf .venv .venv-tpu .venv-peers

@@ -1,7 +1,8 @@
-"""Grouped matmul for TPU (Mosaic), as a grid over visits: a visit is a tile of rows and one of the groups with rows in it.
+"""Grouped matmul for TPU (Mosaic), as a grid over visits: a visit is a tile of rows and one of the groups with rows in
+it.
 
-The whole contraction of a tile is in VMEM, so a group's weights are read once however many tiles its rows fill: the next
-visit asks for the same block and no copy is made. The number of visits is data, and so is the size of the grid.
+The whole contraction of a tile is in VMEM, so a group's weights are read once however many tiles its rows fill: the
+next visit asks for the same block and no copy is made. The number of visits is data, and so is the size of the grid.
 """
 
 import functools
@@ -43,8 +44,8 @@ def rhs_gradient(lhs_MK, dy_MN, group_sizes_G, out_dtype):
   return mosaic_tpu.call(
     _rhs_gradient, (*visits[:4], lhs_MK, dy_MN), prefetched=4, name='grouped_matmul_rhs_gradient',
     grid=(pl.cdiv(k, tk), pl.cdiv(n, tn), visits[4]), dimensions=('parallel', 'parallel', 'arbitrary'),
-    in_specs=[pl.BlockSpec((tm, tk), lambda i, j, v, tile_V, *_: (tile_V[v], i)),
-              pl.BlockSpec((tm, tn), lambda i, j, v, tile_V, *_: (tile_V[v], j))],
+    in_specs=[pl.BlockSpec((tm, tk), lambda i, _, v, tile_V, *__: (tile_V[v], i)),
+              pl.BlockSpec((tm, tn), lambda _, j, v, tile_V, *__: (tile_V[v], j))],
     out_shape=[((groups, k, n), out_dtype)],
     out_specs=[pl.BlockSpec((None, tk, tn), lambda i, j, v, _, group_V, *__: (group_V[v], i, j))],
     scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)])[0]
@@ -91,26 +92,29 @@ def _rows_times_group(x_MK, rhs_GKN, group_sizes_G, scales, out_dtype, zero_tail
 
   def weights(axes):
     # The tail asks for the weights that are there already.
-    def index(j, v, tile_V, group_V, start_G, end_G, weights_V):
-      place = {'g': weights_V[v], 'n': j, 'k': 0}
+    def index(j, v, *prefetched):
+      place = {'g': prefetched[-1][v], 'n': j, 'k': 0}
       return tuple(place[axis] for axis in axes)
     return index
 
+  # bfloat16 holds every FP8 number, and all generations multiply it.
+  factor_dtype = x_MK.dtype if chip.multiplies_fp8 else jnp.bfloat16
   weights_V = jax.lax.cummax(jnp.where(visits[1] < groups, visits[1], 0))
   rhs_block = ((None, tn, k), weights('gnk')) if rhs_transposed else ((None, k, tn), weights('gkn'))
-  in_specs = [pl.BlockSpec((tm, k), lambda j, v, tile_V, *_: (tile_V[v], 0)), pl.BlockSpec(*rhs_block)]
+  in_specs = [pl.BlockSpec((tm, k), lambda _, v, tile_V, *__: (tile_V[v], 0)), pl.BlockSpec(*rhs_block)]
   if scales:
-    in_specs += [pl.BlockSpec((tm, scales[0].shape[1]), lambda j, v, tile_V, *_: (tile_V[v], 0)),
+    in_specs += [pl.BlockSpec((tm, scales[0].shape[1]), lambda _, v, tile_V, *__: (tile_V[v], 0)),
                  pl.BlockSpec((None, scales[1].shape[1], tn), weights('gkn'))]
+  contract = (1, 1) if rhs_transposed else (1, 0)
   return mosaic_tpu.call(
-    functools.partial(_rows_kernel, groups=groups, contract=(1, 1) if rhs_transposed else (1, 0), scaled=bool(scales)),
+    functools.partial(_rows_kernel, groups=groups, contract=contract, factor_dtype=factor_dtype),
     (*visits, weights_V, x_MK, rhs_GKN, *scales), prefetched=5, grid=(pl.cdiv(n, tn), count),
     dimensions=('parallel', 'arbitrary'), in_specs=in_specs, out_shape=[((m, n), out_dtype)],
     out_specs=[pl.BlockSpec((tm, tn), lambda j, v, tile_V, *_: (tile_V[v], j))],
     scratch_shapes=[pltpu.VMEM((tm, tn), jnp.float32)], name='grouped_matmul')[0]
 
 
-def _rows_kernel(tile_V, group_V, start_G, end_G, _, x_mK, rhs, *refs, groups, contract, scaled):
+def _rows_kernel(tile_V, group_V, start_G, end_G, _, x_mK, rhs, *refs, groups, contract, factor_dtype):
   y_mn, sum_mn = refs[-2:]
   v = pl.program_id(1)
   g = group_V[v]
@@ -118,7 +122,10 @@ def _rows_kernel(tile_V, group_V, start_G, end_G, _, x_mK, rhs, *refs, groups, c
 
   @pl.when(g < groups)
   def _():
-    (_accumulate_scaled if scaled else _accumulate)(sum_mn, x_mK, rhs, *refs[:-2], contract)
+    if len(refs) > 2:
+      _accumulate_scaled(sum_mn, x_mK, rhs, *refs[:-2], factor_dtype)
+    else:
+      _accumulate(sum_mn, x_mK, rhs, contract)
 
   mine = _members(sum_mn.shape, tile_V[v] * sum_mn.shape[0], start_G[g], end_G[g])
   first = (v == 0) | (tile_V[jnp.maximum(v - 1, 0)] != tile_V[v])
@@ -146,12 +153,11 @@ def _accumulate(sum_mn, x_mK, rhs, contract):
     add(k // CHUNK * CHUNK, k % CHUNK)
 
 
-def _accumulate_scaled(sum_mn, x_mK, rhs_Kn, x_scales, rhs_scales, contract):
+def _accumulate_scaled(sum_mn, x_mK, rhs_Kn, x_scales, rhs_scales, factor_dtype):
   """Each 128 of the contraction is scaled in float32 as it is added (DeepSeek-V3, 3.3.2)."""
   def add(block, _):
     chunk = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
-    # bfloat16 holds every FP8 number, and all generations multiply it.
-    part_mn = dot(x_mK[:, chunk].astype(jnp.bfloat16), rhs_Kn[chunk, :].astype(jnp.bfloat16), contract)
+    part_mn = dot(x_mK[:, chunk].astype(factor_dtype), rhs_Kn[chunk, :].astype(factor_dtype))
     lane = jax.lax.broadcasted_iota(jnp.int32, x_scales.shape, 1)
     scale_m1 = jnp.where(lane == block, x_scales[...], 0).sum(1, keepdims=True)
     sum_mn[...] += part_mn * scale_m1 * rhs_scales[pl.ds(block, 1), :]
@@ -185,8 +191,8 @@ def _visits(group_sizes_G, m, tm, empty_too):
 def _row_tile(m, groups, chip):
   """Rows of a tile, a power of two.
 
-  Visits cost (M/tm + G) (tm + w): at each boundary a tile is computed twice, and each visit loads weights into the matrix
-  unit, worth w rows. The least is at tm = sqrt(w M/G).
+  Visits cost (M/tm + G) (tm + w): at each boundary a tile is computed twice, and each visit loads weights into the
+  matrix unit, worth w rows. The least is at tm = sqrt(w M/G).
   """
   best = (chip.matmul_unit * max(m // groups, 1)) ** 0.5
   tile = 1 << max(4, round(best).bit_length() - 1)
