@@ -21,7 +21,7 @@ demo: .venv/ready
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: .venv/ready-dev
+test-long: .venv/ready-dev .venv-peers/ready
 	$(BIN)/python -m pytest -m long
 
 # The TPU kernels compiled for TPUs that are not here: libtpu in an environment of its own.
