@@ -1,0 +1,113 @@
+"""What the Hopper kernels share: when they can run, how work is spread over the chip, and tricks of the trade."""
+
+import functools
+import heapq
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dispatch
+
+TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of 16-bit operands of wgmma in shared memory
+MATRIX = plgpu.Layout.WGMMA  # of a 64-row matrix in the registers of a warpgroup
+ROW = plgpu.Layout.WGMMA.reduce(1)  # of one number a row of it
+COLUMN = plgpu.Layout.WGMMA.reduce(0)  # of one number a column of it
+
+
+def unavailable() -> str | None:
+  """Why Hopper kernels cannot run here, in one clause, or None."""
+  if jax.__version_info__ < (0, 11, 2):
+    return f'it needs jax 0.11.2 or later and this is {jax.__version__}'
+  capability = getattr(dispatch.device(), 'compute_capability', '9.0')
+  return None if capability == '9.0' else f'it is for Hopper, compute capability 9.0, and this GPU has {capability}'
+
+
+def multiprocessors(*operands) -> int:
+  """Streaming multiprocessors of the GPU that the program being traced is for; an H200's 132 where it does not say."""
+  device = dispatch.device(*operands)
+  return getattr(device, 'core_count', None) or getattr(device, 'num_cores', None) or 132
+
+
+@functools.lru_cache(maxsize=64)
+def list_schedule(costs: tuple[int, ...], heads: int, group: int, workers: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+  """The items (tile, head) of each worker, in order; an item costs costs[tile].
+
+  Groups of heads come one after the other, so that the keys they share stay in L2; inside a group the dearest tiles come
+  first; each item goes to the worker that is free first.
+  """
+  workers = min(workers, heads * len(costs))
+  free = [(0, worker) for worker in range(workers)]
+  items = [[] for _ in range(workers)]
+  tiles = sorted(range(len(costs)), key=lambda tile: -costs[tile])
+  for start in range(0, heads, group):
+    for tile in tiles:
+      for head in range(start, min(start + group, heads)):
+        time, worker = heapq.heappop(free)
+        items[worker].append((tile, head))
+        heapq.heappush(free, (time + costs[tile], worker))
+  return tuple(map(tuple, items))
+
+
+def opaque_zero():
+  """A zero that the compiler cannot see through. An index plus it keeps wgmma descriptors, some 140 registers of them,
+  from being hoisted out of a loop, where they would spill."""
+  from jax.experimental.mosaic import gpu as mgpu
+  from jaxlib.mlir import ir
+  from jaxlib.mlir.dialects import llvm
+
+  @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+  def opaque(_):
+    register = llvm.inline_asm(ir.IntegerType.get_signless(32), [], 'mov.u32 $0, 0;', '=r', has_side_effects=True)
+    return mgpu.FragmentedArray.splat(register, (), is_signed=True)
+
+  return opaque()
+
+
+def zeros(*shape):
+  """A float32 matrix in registers."""
+  return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+
+
+def across(x, shape, axis):
+  """x, one number a row (axis 0) or a column (axis 1), as a matrix."""
+  return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def wait_for(accumulator, in_flight):
+  """The value of a wgmma accumulator, once at most `in_flight` younger products are still running.
+
+  The barrier keeps whatever uses the value after the wait: neither LLVM nor ptxas knows that the registers change.
+  """
+  return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight))
+
+
+def store_tile(x, staging, destination):
+  """Writes a 64-row matrix from registers to GMEM, 64 columns at a time through one buffer in shared memory.
+
+  destination(columns): the reference for a slice of columns. Rows past the end of the array are dropped by TMA.
+  """
+  for start in range(0, x.shape[1], 64):
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    staging[...] = x[:, start:start + 64]
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, destination(pl.ds(start, 64)))
+
+
+def persistent(body, operands, outputs, scratch, programs, *, name):
+  """Launches body in that many programs of three warpgroups, which stay on the chip until all work is done.
+
+  body(*operand_refs, *output_refs, *scratch_refs). outputs: (shape, dtype) pairs; they vary over the manual mesh axes
+  that the operands vary over.
+  """
+  axes = dispatch.varying_axes(*operands)
+  operands = [dispatch.vary(x, axes) for x in operands]
+  kind = jax.typeof(operands[0]).manual_axis_type
+  return plgpu.kernel(
+    body, out_type=tuple(jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in outputs),
+    scratch_types=scratch, grid=(programs,), grid_names=('program',), num_threads=3, thread_name='warpgroup', kernel_name=name,
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup))(*operands)
