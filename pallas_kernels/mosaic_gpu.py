@@ -32,11 +32,11 @@ def multiprocessors(*operands) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def list_schedule(costs: tuple[int, ...], heads: int, group: int, workers: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+def list_schedule(costs: tuple[int, ...], heads: int, group: int, workers: int):
   """The items (tile, head) of each worker, in order; an item costs costs[tile].
 
-  Groups of heads come one after the other, so that the keys they share stay in L2; inside a group the dearest tiles come
-  first; each item goes to the worker that is free first.
+  Groups of heads come one after the other, so that the keys they share stay in L2; inside a group the dearest tiles
+  come first; each item goes to the worker that is free first.
   """
   workers = min(workers, heads * len(costs))
   free = [(0, worker) for worker in range(workers)]
@@ -66,6 +66,49 @@ def opaque_zero():
   return opaque()
 
 
+def slot(i, stages):
+  """Where the i-th of a stream of blocks lies in a ring of buffers."""
+  return lax.rem(i, jnp.int32(stages))
+
+
+def tiles(dtype, *shape):
+  """Shared memory for 16-bit operands of wgmma."""
+  return plgpu.SMEM(shape, dtype, transforms=TILES)
+
+
+def accumulator(rows, columns):
+  """An accumulator of wgmma; it starts from zero unless something is stored into it first."""
+  return plgpu.ACC((rows, columns), jnp.float32)
+
+
+def fetch(i, stages, free, ready, *copies):
+  """Loads the i-th block of a stream into its slots of rings, once the block before it there is used up.
+
+  copies: (source in GMEM, ring in shared memory) pairs.
+  """
+  at = slot(i, stages)
+  pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[at]))
+  for source, ring in copies:
+    plgpu.copy_gmem_to_smem(source, ring.at[at], ready.at[at])
+
+
+def split_roles(consume, load):
+  """Runs consume(0) and consume(1) in two warpgroups with most of the registers, and load() in the third."""
+  warpgroup = lax.axis_index('warpgroup')
+
+  def consumer(me):
+    plgpu.set_max_registers(240, action='increase')
+    consume(me)
+
+  def loader():
+    plgpu.set_max_registers(24, action='decrease')
+    load()
+
+  for me in range(2):
+    pl.when(warpgroup == me)(functools.partial(consumer, me))
+  pl.when(warpgroup == 2)(loader)
+
+
 def zeros(*shape):
   """A float32 matrix in registers."""
   return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
@@ -76,12 +119,22 @@ def across(x, shape, axis):
   return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def wait_for(accumulator, in_flight):
+def wait_for(acc, in_flight):
   """The value of a wgmma accumulator, once at most `in_flight` younger products are still running.
 
   The barrier keeps whatever uses the value after the wait: neither LLVM nor ptxas knows that the registers change.
   """
-  return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight))
+  return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=in_flight))
+
+
+def multiply_add(total, a, b):
+  """total + a @ b, complete."""
+  def product(acc):
+    acc[...] = total
+    plgpu.wgmma(acc, a, b)
+    return acc[...]
+
+  return pl.run_scoped(product, accumulator(*total.shape))
 
 
 def store_tile(x, staging, destination):
@@ -105,9 +158,8 @@ def persistent(body, operands, outputs, scratch, programs, *, name):
   axes = dispatch.varying_axes(*operands)
   operands = [dispatch.vary(x, axes) for x in operands]
   kind = jax.typeof(operands[0]).manual_axis_type
-  return plgpu.kernel(
-    body, out_type=tuple(jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in outputs),
-    scratch_types=scratch, grid=(programs,), grid_names=('program',), num_threads=3, thread_name='warpgroup', kernel_name=name,
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup))(*operands)
+  out_type = tuple(jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in outputs)
+  params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
+                                lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+  return plgpu.kernel(body, out_type=out_type, scratch_types=scratch, grid=(programs,), grid_names=('program',),
+                      num_threads=3, thread_name='warpgroup', compiler_params=params, kernel_name=name)(*operands)

@@ -4,10 +4,11 @@ A program holds 128 queries, 64 a warpgroup, and walks their blocks of 128 keys 
 warpgroup loads by TMA. A warpgroup starts the scores of the next block and the output of this one together and takes
 the exponentials of the first while the second still runs; the two warpgroups take turns to start, so that one's
 products cover the other's exponentials (FlashAttention-3, arXiv 2407.08608, 3.1 and 3.2). Programs stay on the chip and
-work through a table that gives each its tiles, dearest first; the next tile's queries arrive while the last one's output
-is divided and written.
+work through a table that gives each its tiles, dearest first; the next tile's queries arrive while the last one's
+output is divided and written.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -18,9 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.flash_attention import gpu_backward
-from pallas_kernels.flash_attention.gpu_tiles import (
-  ROWS, Attention, items, load_ids, padded_ids, whole_swizzles)
-from pallas_kernels.mosaic_gpu import COLUMN, ROW, TILES, across, wait_for, zeros
+from pallas_kernels.flash_attention.gpu_tiles import ROWS, Attention, items, padded_ids, whole_swizzles
+from pallas_kernels.mosaic_gpu import ROW, accumulator, across, tiles, wait_for, zeros
 
 BLOCK = 128  # keys a step
 STAGES = 2  # blocks of keys, and of values, in shared memory
@@ -34,7 +34,7 @@ def unsuitable(q_BTNH, k_BSNH, v_BSNV) -> str | None:
     return f'it takes bfloat16 and these are {q_BTNH.dtype}'
   width, value_width = q_BTNH.shape[3], v_BSNV.shape[3]
   if width not in (64, 128, 192) or value_width not in (64, 128):
-    return f'it takes queries of width 64, 128 or 192 with values of width 64 or 128, and these are {width} and {value_width}'
+    return f'it takes widths 64, 128 or 192 of q with 64 or 128 of v, and these are {width} and {value_width}'
   return 'it takes no empty arrays' if 0 in (*q_BTNH.shape, *k_BSNH.shape) else None
 
 
@@ -82,14 +82,12 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
   """(o, as long as q; float32 lse [B, N, T up to whole tiles])."""
   table, counts = call.work('queries', BLOCK, ids or None)
   exponent = call.scale * LOG2_E
-  whole = call.s // BLOCK  # blocks without padding
 
   def body(q_gmem, k_gmem, v_gmem, table_gmem, counts_gmem, *refs):
     ids_gmem, (o_gmem, lse_gmem, q_smem, k_smem, v_smem, o_smem, lse_smem, q_ready, q_free, k_ready, k_free, v_ready,
                v_free, turns) = refs[:len(ids)], refs[len(ids):]
-    warpgroup = lax.axis_index('warpgroup')
     count, item = items(table_gmem, counts_gmem, lax.axis_index('program'))
-    slot = lambda i: lax.rem(i, jnp.int32(STAGES))
+    slot = functools.partial(mosaic_gpu.slot, stages=STAGES)
 
     def softmax(scores, maximum, total):
       """(exp2(scores - new maximum), that maximum, total, by what earlier results shrink), all in powers of two."""
@@ -99,7 +97,6 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
       return weights, new, total * shrink + weights.sum(axis=1), shrink
 
     def consume(me):
-      plgpu.set_max_registers(240, action='increase')
       if me == 1:
         plgpu.barrier_arrive(turns.at[0])
 
@@ -108,19 +105,7 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
         batch, head, start, first, blocks = item(i)
         start += me * ROWS
         last = first + blocks - 1
-        q_ids = load_ids(ids_gmem[0].at[batch, pl.ds(start, ROWS)], ROW) if ids else None
-        clear = jnp.int32(whole)
-        if call.causal:
-          clear = lax.min(lax.div(lax.max(start + (call.lag + 1), jnp.int32(0)), jnp.int32(BLOCK)), clear)
-
-        def hide(scores, step):
-          block = last - step
-          if ids:
-            k_ids = load_ids(ids_gmem[1].at[batch, pl.ds(block * BLOCK, BLOCK)], COLUMN)
-            return call.hide(scores, start, block * BLOCK, 0, (q_ids, k_ids))
-          if not call.causal and call.s % BLOCK == 0:
-            return scores
-          return lax.cond(block >= clear, lambda: call.hide(scores, start, block * BLOCK, 0), lambda: scores)
+        hide = call.hider(ids_gmem, batch, start, BLOCK)
 
         def await_keys(step):
           # Also what keeps ptxas from moving the wait for the output before the exponentials: it ends a basic block.
@@ -130,12 +115,14 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
           plgpu.wgmma(scores, q_smem.at[me + mosaic_gpu.opaque_zero()], k_smem.at[slot(done)].T)
           return scores[...]
 
+        def rows_of(*numbers):
+          return (plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW) for x in numbers)
+
         plgpu.barrier_wait(q_ready.at[me])
         plgpu.barrier_wait(k_ready.at[slot(done)])
-        scores = pl.run_scoped(first_scores, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+        scores = pl.run_scoped(first_scores, accumulator(ROWS, BLOCK))
         plgpu.barrier_arrive(k_free.at[slot(done)])
-        row = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW)
-        weights, maximum, total, _ = softmax(hide(scores, 0), row(LOWEST), row(0.))
+        weights, maximum, total, _ = softmax(hide(scores, last), *rows_of(LOWEST, 0.))
         await_keys(1)
 
         def step(i, carry):
@@ -151,28 +138,22 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
             plgpu.barrier_arrive(turns.at[1 - me])
             new_scores = wait_for(scores, 1)
             plgpu.barrier_arrive(k_free.at[keys])
-            new, *rest, shrink = lax.optimization_barrier(softmax(hide(new_scores, i), maximum, total))
+            new, *rest, shrink = lax.optimization_barrier(softmax(hide(new_scores, last - i), maximum, total))
             await_keys(i + 1)
             new_o = wait_for(output, 0)
             plgpu.barrier_arrive(v_free.at[values])
             # Rounded only now: ptxas would serialise products that run while another's operand registers are written.
             return new_o * across(shrink, new_o.shape, 0), *rest, new.astype(q_gmem.dtype)
 
-          return pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK), jnp.float32),
-                               plgpu.ACC((ROWS, call.value_width), jnp.float32))
+          return pl.run_scoped(products, accumulator(ROWS, BLOCK),
+                               accumulator(ROWS, call.value_width))
 
         carry = zeros(ROWS, call.value_width), maximum, total, weights.astype(q_gmem.dtype)
         o, maximum, total, weights = lax.fori_loop(1, blocks, step, carry)
         plgpu.barrier_arrive(q_free.at[me])
         values = slot(done + blocks - 1)
-
-        def last_product(output):
-          output[...] = o
-          plgpu.barrier_wait(v_ready.at[values])
-          plgpu.wgmma(output, weights, v_smem.at[values])
-          return output[...]
-
-        o = pl.run_scoped(last_product, plgpu.ACC((ROWS, call.value_width), jnp.float32))
+        plgpu.barrier_wait(v_ready.at[values])
+        o = mosaic_gpu.multiply_add(o, weights, v_smem.at[values])
         plgpu.barrier_arrive(v_free.at[values])
         seen = total > 0
         o = o * across(jnp.where(seen, 1 / total, 0.), o.shape, 0)
@@ -189,8 +170,6 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
       plgpu.wait_smem_to_gmem(0)
 
     def load():
-      plgpu.set_max_registers(24, action='decrease')
-
       def tile(i, done):
         batch, head, start, first, blocks = item(i)
         for w in range(2):
@@ -198,27 +177,24 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
           plgpu.copy_gmem_to_smem(q_gmem.at[batch, pl.ds(start + w * ROWS, ROWS), head], q_smem.at[w], q_ready.at[w])
 
         def block(i, _):
-          to, rows = slot(done + i), pl.ds((first + blocks - 1 - i) * BLOCK, BLOCK)
-          for gmem, smem, ready, free in ((k_gmem, k_smem, k_ready, k_free), (v_gmem, v_smem, v_ready, v_free)):
-            pl.when(done + i >= STAGES)(lambda free=free: plgpu.barrier_wait(free.at[to]))
-            plgpu.copy_gmem_to_smem(gmem.at[batch, rows, head], smem.at[to], ready.at[to])
+          rows = pl.ds((first + blocks - 1 - i) * BLOCK, BLOCK)
+          mosaic_gpu.fetch(done + i, STAGES, k_free, k_ready, (k_gmem.at[batch, rows, head], k_smem))
+          mosaic_gpu.fetch(done + i, STAGES, v_free, v_ready, (v_gmem.at[batch, rows, head], v_smem))
 
         lax.fori_loop(0, blocks, block, None)
         return done + blocks
 
       lax.fori_loop(0, count, tile, jnp.int32(0))
 
-    for me in range(2):
-      pl.when(warpgroup == me)(lambda me=me: consume(me))
-    pl.when(warpgroup == 2)(load)
+    mosaic_gpu.split_roles(consume, load)
 
-  smem = lambda *shape: plgpu.SMEM(shape, q_BTNH.dtype, transforms=TILES)
+  smem = functools.partial(tiles, q_BTNH.dtype)
   one, both = plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_barriers=STAGES, num_arrivals=2)
   pair = plgpu.Barrier(num_barriers=2)
   batch, t, heads, _ = q_BTNH.shape
+  o_shape, lse_shape = (batch, t, heads, call.value_width), (batch, heads, -(-t // (2 * ROWS)) * 2 * ROWS)
   return mosaic_gpu.persistent(
-    body, (q_BTNH, k_BSNH, v_BSNV, table, counts, *ids),
-    (((batch, t, heads, call.value_width), q_BTNH.dtype), ((batch, heads, -(-t // (2 * ROWS)) * 2 * ROWS), jnp.float32)),
+    body, (q_BTNH, k_BSNH, v_BSNV, table, counts, *ids), ((o_shape, q_BTNH.dtype), (lse_shape, jnp.float32)),
     (smem(2, ROWS, call.width), smem(STAGES, BLOCK, call.width), smem(STAGES, BLOCK, call.value_width),
      smem(2, ROWS, 64), plgpu.SMEM((2, ROWS), jnp.float32), pair, pair, one, both, one, both, pair),
     len(table), name='flash_attention_forward')

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.flash_attention.gpu_tiles import ROWS, items, load_ids
-from pallas_kernels.mosaic_gpu import COLUMN, ROW, TILES, across, wait_for, zeros
+from pallas_kernels.mosaic_gpu import COLUMN, ROW, accumulator, across, tiles, wait_for, zeros
 
 BLOCK = 64  # rows of the other side a step
 STAGES = 3
@@ -27,39 +27,24 @@ def queries(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
   """dq_BTNH, as long as q; start and dstart: what scores and do.v start from, whole tiles long."""
   table, counts = call.work('queries', BLOCK, ids or None)
   exponent = call.scale * LOG2_E
-  whole = call.s // BLOCK  # blocks without padding
-  square = plgpu.ACC((ROWS, BLOCK), jnp.float32)
+  square = accumulator(ROWS, BLOCK)
 
   def body(q_gmem, k_gmem, v_gmem, do_gmem, start_gmem, dstart_gmem, table_gmem, counts_gmem, *refs):
     ids_gmem, (dq_gmem, q_smem, do_smem, k_smem, v_smem, dq_smem, start_smem, dstart_smem, q_ready, q_free, k_ready,
                k_free, v_ready, v_free) = refs[:len(ids)], refs[len(ids):]
-    warpgroup = lax.axis_index('warpgroup')
     count, item = items(table_gmem, counts_gmem, lax.axis_index('program'))
-    slot = lambda i: lax.rem(i, jnp.int32(STAGES))
+    slot = functools.partial(mosaic_gpu.slot, stages=STAGES)
 
     def consume(me):
-      plgpu.set_max_registers(240, action='increase')
-
       def tile(i, done):
         batch, head, start, first, blocks = item(i)
         start += me * ROWS
         last = first + blocks - 1
-        q_ids = load_ids(ids_gmem[0].at[batch, pl.ds(start, ROWS)], ROW) if ids else None
-        clear = jnp.int32(whole)
-        if call.causal:
-          clear = lax.min(lax.div(lax.max(start + (call.lag + 1), jnp.int32(0)), jnp.int32(BLOCK)), clear)
-
-        def hide(scores, step):
-          block = last - step
-          if ids:
-            k_ids = load_ids(ids_gmem[1].at[batch, pl.ds(block * BLOCK, BLOCK)], COLUMN)
-            return call.hide(scores, start, block * BLOCK, 0, (q_ids, k_ids))
-          if not call.causal and call.s % BLOCK == 0:
-            return scores
-          return lax.cond(block >= clear, lambda: call.hide(scores, start, block * BLOCK, 0), lambda: scores)
+        hide = call.hider(ids_gmem, batch, start, BLOCK)
 
         def ahead(ready, step):
-          # Also what keeps ptxas from moving the next wait for a product before the exponentials: it ends a basic block.
+          # Also what keeps ptxas from moving the next wait for a product before the exponentials: it ends a basic
+          # block.
           pl.when(step < blocks)(lambda: plgpu.barrier_wait(ready.at[slot(done + step)]))
 
         plgpu.barrier_wait(q_ready.at[me])
@@ -74,7 +59,7 @@ def queries(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
 
         def score_gradients(scores, dweights, step, younger):
           """float32, without the factor scale; younger: products started since that of dweights."""
-          weights = jnp.exp2(hide(wait_for(scores, 1 + younger), step) * exponent)
+          weights = jnp.exp2(hide(wait_for(scores, 1 + younger), last - step) * exponent)
           weights = lax.optimization_barrier(weights)
           ahead(k_ready, step + 1)
           dscores = lax.optimization_barrier(weights * wait_for(dweights, younger))
@@ -101,19 +86,13 @@ def queries(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
             plgpu.barrier_arrive(k_free.at[old])
             return new_dq, new.astype(q_gmem.dtype)
 
-          return pl.run_scoped(block, square, square, plgpu.ACC((ROWS, call.width), jnp.float32))
+          return pl.run_scoped(block, square, square, accumulator(ROWS, call.width))
 
         carry = zeros(ROWS, call.width), pl.run_scoped(first_block, square, square)
         dq, dscores = lax.fori_loop(1, blocks, step, carry)
         plgpu.barrier_arrive(q_free.at[me])
         old = slot(done + blocks - 1)
-
-        def last_product(total):
-          total[...] = dq
-          plgpu.wgmma(total, dscores, k_smem.at[old])
-          return total[...]
-
-        dq = pl.run_scoped(last_product, plgpu.ACC((ROWS, call.width), jnp.float32))
+        dq = mosaic_gpu.multiply_add(dq, dscores, k_smem.at[old])
         plgpu.barrier_arrive(k_free.at[old])
         mosaic_gpu.store_tile((dq * call.scale).astype(q_gmem.dtype), dq_smem.at[me],
                               lambda columns: dq_gmem.at[batch, pl.ds(start, ROWS), head, columns])
@@ -123,8 +102,6 @@ def queries(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
       plgpu.wait_smem_to_gmem(0)
 
     def load():
-      plgpu.set_max_registers(24, action='decrease')
-
       def tile(i, done):
         batch, head, start, first, blocks = item(i)
         for w in range(2):
@@ -136,21 +113,18 @@ def queries(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
             plgpu.copy_gmem_to_smem(gmem, smem.at[w], q_ready.at[w])
 
         def block(i, _):
-          to, rows = slot(done + i), pl.ds((first + blocks - 1 - i) * BLOCK, BLOCK)
-          for gmem, smem, ready, free in ((k_gmem, k_smem, k_ready, k_free), (v_gmem, v_smem, v_ready, v_free)):
-            pl.when(done + i >= STAGES)(lambda free=free: plgpu.barrier_wait(free.at[to]))
-            plgpu.copy_gmem_to_smem(gmem.at[batch, rows, head], smem.at[to], ready.at[to])
+          rows = pl.ds((first + blocks - 1 - i) * BLOCK, BLOCK)
+          mosaic_gpu.fetch(done + i, STAGES, k_free, k_ready, (k_gmem.at[batch, rows, head], k_smem))
+          mosaic_gpu.fetch(done + i, STAGES, v_free, v_ready, (v_gmem.at[batch, rows, head], v_smem))
 
         lax.fori_loop(0, blocks, block, None)
         return done + blocks
 
       lax.fori_loop(0, count, tile, jnp.int32(0))
 
-    for me in range(2):
-      pl.when(warpgroup == me)(lambda me=me: consume(me))
-    pl.when(warpgroup == 2)(load)
+    mosaic_gpu.split_roles(consume, load)
 
-  smem = lambda *shape: plgpu.SMEM(shape, q_BTNH.dtype, transforms=TILES)
+  smem = functools.partial(tiles, q_BTNH.dtype)
   numbers = plgpu.SMEM((2, ROWS), jnp.float32)
   one, both = plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_barriers=STAGES, num_arrivals=2)
   return mosaic_gpu.persistent(
@@ -166,25 +140,22 @@ def keys(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
   """(dk_BSNH, dv_BSNV), as long as k and v. Everything is transposed: keys are the rows, queries the columns."""
   table, counts = call.work('keys', BLOCK, ids or None)
   exponent = call.scale * LOG2_E
-  square = plgpu.ACC((ROWS, BLOCK), jnp.float32)
+  square = accumulator(ROWS, BLOCK)
 
   def body(q_gmem, k_gmem, v_gmem, do_gmem, start_gmem, dstart_gmem, table_gmem, counts_gmem, *refs):
     ids_gmem, (dk_gmem, dv_gmem, k_smem, v_smem, q_smem, do_smem, out_smem, start_smem, dstart_smem, k_ready, k_free,
                q_ready, q_free, do_ready, do_free) = refs[:len(ids)], refs[len(ids):]
-    warpgroup = lax.axis_index('warpgroup')
     count, item = items(table_gmem, counts_gmem, lax.axis_index('program'))
-    slot = lambda i: lax.rem(i, jnp.int32(STAGES))
+    slot = functools.partial(mosaic_gpu.slot, stages=STAGES)
 
     def consume(me):
-      plgpu.set_max_registers(240, action='increase')
-
       def tile(i, done):
         batch, head, start, first, blocks = item(i)
         start += me * ROWS
         k_ids = load_ids(ids_gmem[1].at[batch, pl.ds(start, ROWS)], ROW) if ids else None
 
-        def start_from(accumulator, numbers, now):
-          accumulator[...] = across(plgpu.load(numbers.at[now], layout=COLUMN), (ROWS, BLOCK), 1)
+        def start_from(acc, numbers, now):
+          acc[...] = across(plgpu.load(numbers.at[now], layout=COLUMN), (ROWS, BLOCK), 1)
 
         def weights(scores, step, masked):
           if masked:
@@ -214,7 +185,7 @@ def keys(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
             plgpu.barrier_arrive(do_free.at[now])
             return new_dv, dscores
 
-          return pl.run_scoped(products, square, plgpu.ACC((ROWS, call.value_width), jnp.float32))
+          return pl.run_scoped(products, square, accumulator(ROWS, call.value_width))
 
         def step(i, carry, masked):
           dk, dv, dscores = carry
@@ -231,7 +202,7 @@ def keys(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
             plgpu.barrier_arrive(q_free.at[old])
             return new_dk, p
 
-          new_dk, p = pl.run_scoped(first_half, square, plgpu.ACC((ROWS, call.width), jnp.float32))
+          new_dk, p = pl.run_scoped(first_half, square, accumulator(ROWS, call.width))
           return new_dk, *second_half(p, dv, now)
 
         plgpu.barrier_wait(k_ready.at[me])
@@ -250,13 +221,7 @@ def keys(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
         dk, dv, dscores = carry
         plgpu.barrier_arrive(k_free.at[me])
         old = slot(done + blocks - 1)
-
-        def last_product(total):
-          total[...] = dk
-          plgpu.wgmma(total, dscores, q_smem.at[old])
-          return total[...]
-
-        dk = pl.run_scoped(last_product, plgpu.ACC((ROWS, call.width), jnp.float32))
+        dk = mosaic_gpu.multiply_add(dk, dscores, q_smem.at[old])
         plgpu.barrier_arrive(q_free.at[old])
         for x, gmem in ((dv, dv_gmem), (dk * call.scale, dk_gmem)):
           mosaic_gpu.store_tile(x.astype(q_gmem.dtype), out_smem.at[me],
@@ -267,8 +232,6 @@ def keys(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
       plgpu.wait_smem_to_gmem(0)
 
     def load():
-      plgpu.set_max_registers(24, action='decrease')
-
       def tile(i, done):
         batch, head, start, first, blocks = item(i)
         for w in range(2):
@@ -278,24 +241,20 @@ def keys(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):
           plgpu.copy_gmem_to_smem(v_gmem.at[batch, rows, head], v_smem.at[w], k_ready.at[w])
 
         def block(i, _):
-          to, rows = slot(done + i), pl.ds((first + i) * BLOCK, BLOCK)
-          for gmem, smem, numbers_gmem, numbers, ready, free in (
-              (q_gmem, q_smem, start_gmem, start_smem, q_ready, q_free),
-              (do_gmem, do_smem, dstart_gmem, dstart_smem, do_ready, do_free)):
-            pl.when(done + i >= STAGES)(lambda free=free: plgpu.barrier_wait(free.at[to]))
-            plgpu.copy_gmem_to_smem(gmem.at[batch, rows, head], smem.at[to], ready.at[to])
-            plgpu.copy_gmem_to_smem(numbers_gmem.at[batch, head, rows], numbers.at[to], ready.at[to])
+          rows = pl.ds((first + i) * BLOCK, BLOCK)
+          mosaic_gpu.fetch(done + i, STAGES, q_free, q_ready, (q_gmem.at[batch, rows, head], q_smem),
+                           (start_gmem.at[batch, head, rows], start_smem))
+          mosaic_gpu.fetch(done + i, STAGES, do_free, do_ready, (do_gmem.at[batch, rows, head], do_smem),
+                           (dstart_gmem.at[batch, head, rows], dstart_smem))
 
         lax.fori_loop(0, blocks, block, None)
         return done + blocks
 
       lax.fori_loop(0, count, tile, jnp.int32(0))
 
-    for me in range(2):
-      pl.when(warpgroup == me)(lambda me=me: consume(me))
-    pl.when(warpgroup == 2)(load)
+    mosaic_gpu.split_roles(consume, load)
 
-  smem = lambda *shape: plgpu.SMEM(shape, q_BTNH.dtype, transforms=TILES)
+  smem = functools.partial(tiles, q_BTNH.dtype)
   numbers = plgpu.SMEM((STAGES, BLOCK), jnp.float32)
   both = plgpu.Barrier(num_barriers=STAGES, num_arrivals=2)
   return mosaic_gpu.persistent(

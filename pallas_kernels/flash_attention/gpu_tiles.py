@@ -2,13 +2,14 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu
+from pallas_kernels.mosaic_gpu import COLUMN, ROW
 
 ROWS = 64  # of a warpgroup's tile; two warpgroups make a program's
 L2_SHARE = 24e6  # bytes of keys and values that heads computed at the same time may have together
@@ -49,8 +50,8 @@ class Attention:
     return np.stack([first, end - first], axis=1)
 
   def work(self, side, block, segments=None):
-    """(int32 [programs, most items, 5], int32 [programs]): items as (row of the batch, head, tile, first block, blocks),
-    and how many items each program has."""
+    """(int32 [programs, most items, 5], int32 [programs]): items as (row of the batch, head, tile, first block,
+    blocks), and how many items each program has."""
     blocks = self.blocks(side, block)
     group = max(1, int(L2_SHARE / (max(self.t, self.s) * 2 * (self.width + self.value_width))))
     # What a tile costs beyond its blocks, loading its own rows and writing the result, is about one block more.
@@ -68,9 +69,11 @@ class Attention:
     return table.astype(jnp.int32), jnp.array([len(own) for own in schedule], jnp.int32)
 
   def hide(self, scores, q_start, k_start, query_axis, ids=None, past_the_end=True):
-    """scores with -inf where a query does not see a key; queries run along query_axis from q_start, keys along the other
-    from k_start. ids: segments of both. past_the_end: whether some of the keys may be padding."""
-    iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=mosaic_gpu.MATRIX)
+    """scores with -inf where a query does not see a key; queries run along query_axis from q_start, keys along the
+    other from k_start. ids: segments of both. past_the_end: whether some of the keys may be padding."""
+    def iota(axis):
+      return plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=mosaic_gpu.MATRIX)
+
     last = jnp.int32(self.s - 1)
     if self.causal:
       last_seen = iota(query_axis) + (q_start + self.lag)
@@ -81,6 +84,26 @@ class Attention:
         ids, (query_axis, 1 - query_axis), strict=True))
       sees &= q_ids == k_ids
     return jnp.where(sees, scores, -jnp.inf)
+
+  def hider(self, ids, batch, q_start, block):
+    """hide(scores, j) of a warpgroup's 64 queries from q_start and the j-th block of keys; most blocks need nothing.
+
+    ids: references to the segments of queries and keys, or ().
+    """
+    q_ids = load_ids(ids[0].at[batch, pl.ds(q_start, ROWS)], ROW) if ids else None
+    clear = jnp.int32(self.s // block)  # blocks that all of the queries see whole
+    if self.causal:
+      clear = lax.min(lax.div(lax.max(q_start + (self.lag + 1), jnp.int32(0)), jnp.int32(block)), clear)
+
+    def hide(scores, j):
+      if ids:
+        k_ids = load_ids(ids[1].at[batch, pl.ds(j * block, block)], COLUMN)
+        return self.hide(scores, q_start, j * block, 0, (q_ids, k_ids))
+      if not self.causal and self.s % block == 0:
+        return scores
+      return lax.cond(j >= clear, lambda: self.hide(scores, q_start, j * block, 0), lambda: scores)
+
+    return hide
 
 
 def items(table, counts, program):
@@ -123,7 +146,9 @@ def _blocks_of_own_segments(blocks, block, own_ids, other_ids):
 
 def _ranges(ids, rows):
   """Lowest and highest segment of each run of rows."""
-  pad = lambda value: jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % rows)), constant_values=value)
-  info = jnp.iinfo(jnp.int32)
-  runs = lambda x: x.reshape(x.shape[0], -1, rows)
-  return runs(pad(info.max)).min(-1), runs(pad(info.min)).max(-1)
+  def runs(beyond):
+    x = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % rows)), constant_values=beyond)
+    return x.reshape(x.shape[0], -1, rows)
+
+  limits = jnp.iinfo(jnp.int32)
+  return runs(limits.max).min(-1), runs(limits.min).max(-1)
