@@ -68,8 +68,8 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width)
   padded = -(-rows // 8) * 8  # TMA writes whole swizzle tiles of 8 rows
   q_BMJ = jnp.pad(q_BMJ, ((0, 0), (0, padded - rows), (0, 0)))
   plan = make_plan(lengths_B, rows) if plan is None else plan
-  kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1], len(plan.begin_P2) - 1,
-                   q_BTNJ.dtype.name, float(scale))
+  kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1],
+                   len(plan.begin_P2) - 1, q_BTNJ.dtype.name, float(scale))
   o_BMC, lse_BM, *_ = kernel(q_BMJ, pages_PSJ, table_BP.astype(jnp.int32), lengths_B, *plan)
   outputs = o_BMC[:, :rows].reshape(batch, t, heads, value_width), lse_BM[:, :rows].reshape(batch, t, heads)
   return dispatch.vary(outputs, dispatch.varying_axes(q_BTNJ))
