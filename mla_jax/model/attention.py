@@ -34,7 +34,7 @@ class Context(NamedTuple):
   valid_BT: jax.Array | None = None
   form: str = 'expanded'
   fresh: bool = False  # nothing was cached before this call: attend among the new tokens alone
-  decode_plan: NamedTuple | None = None  # absorbed form: how the chip's processors share the cache, for all layers
+  decode_plan: tuple | None = None  # absorbed form: how the chip's processors share the cache, for all layers
 
 
 def context(config: ModelConfig, positions_BT, segments_BT=None) -> Context:
