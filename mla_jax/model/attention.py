@@ -16,7 +16,7 @@ from flax import nnx
 from mla_jax.axes import shard
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import Cache
-from mla_jax.model.layers import normal, ones, rms_norm
+from mla_jax.model.layers import normal, ones, rms_norm, zeros
 from mla_jax.model.rope import rotate, rotation
 from pallas_kernels import flash_attention, make_plan, mla_decode
 
@@ -55,8 +55,9 @@ def cached_context(config: ModelConfig, length: int, lengths_B, new_B, form: str
 
 
 def _rotation(config: ModelConfig, positions_BT):
-  width = config.qk_rope_head_dim if config.attention == 'mla' else config.qk_head_dim
-  return rotation(positions_BT, width, config.rope_theta, config.rope_scaling)
+  if config.attention == 'mla':
+    return rotation(positions_BT, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling, config.rope_repeats)
+  return rotation(positions_BT, config.qk_head_dim, config.rope_theta, config.rope_scaling)
 
 
 def attend_expanded(q_BTNH, c_BSJ, wuk_CNK, wuv_CNV, *, scale, q_segments, kv_segments):
@@ -95,7 +96,11 @@ class LatentAttention(nnx.Module):
     else:
       self.wq_DNH = init(keys[1], (c.hidden_size, c.num_attention_heads, c.qk_head_dim), 'DNH')
     self.wdkv_DJ = init(keys[2], (c.hidden_size, c.cache_width), 'DJ')
-    self.norm_kv_C = ones(c.kv_lora_rank, 'C')
+    if c.latent_norm:
+      self.norm_kv_C = ones(c.kv_lora_rank, 'C')
+    if c.attention_bias:
+      self.bq_NH = zeros((c.num_attention_heads, c.qk_head_dim), 'NH')
+      self.bdkv_J = zeros((c.cache_width,), 'J')
     self.wuk_CNK = init(keys[3], (c.kv_lora_rank, c.num_attention_heads, c.qk_nope_head_dim), 'CNK')
     self.wuv_CNV = init(keys[4], (c.kv_lora_rank, c.num_attention_heads, c.v_head_dim), 'CNV')
     self.wo_NVD = init(keys[5], (c.num_attention_heads, c.v_head_dim, c.hidden_size), 'NVD')
@@ -109,10 +114,14 @@ class LatentAttention(nnx.Module):
         q_BTNH = jnp.einsum('BTQ,QNH->BTNH', q_BTQ, self.wuq_QNH[...])
       else:
         q_BTNH = jnp.einsum('BTD,DNH->BTNH', x_BTD, self.wq_DNH[...])
+      c_BTJ = jnp.einsum('BTD,DJ->BTJ', x_BTD, self.wdkv_DJ[...])
+      if c.attention_bias:
+        q_BTNH, c_BTJ = q_BTNH + self.bq_NH[...], c_BTJ + self.bdkv_J[...]
       nope = c.qk_nope_head_dim
       q_BTNH = jnp.concatenate([q_BTNH[..., :nope], rotate(q_BTNH[..., nope:], ctx.cos_sin)], axis=-1)
-      c_BTJ = jnp.einsum('BTD,DJ->BTJ', x_BTD, self.wdkv_DJ[...])
-      c_BTC = rms_norm(c_BTJ[..., :c.kv_lora_rank], self.norm_kv_C[...], c.rms_norm_eps)
+      c_BTC = c_BTJ[..., :c.kv_lora_rank]
+      if c.latent_norm:
+        c_BTC = rms_norm(c_BTC, self.norm_kv_C[...], c.rms_norm_eps)
       kr_BTR = rotate(c_BTJ[..., c.kv_lora_rank:], ctx.cos_sin)
       return q_BTNH, jnp.concatenate([c_BTC, kr_BTR], axis=-1)
 
@@ -147,12 +156,19 @@ class GroupedQueryAttention(nnx.Module):
     self.wk_DGH = init(keys[1], (c.hidden_size, c.kv_heads, c.qk_head_dim), 'DGH')
     self.wv_DGV = init(keys[2], (c.hidden_size, c.kv_heads, c.qk_head_dim), 'DGV')
     self.wo_NVD = init(keys[3], (c.num_attention_heads, c.qk_head_dim, c.hidden_size), 'NVD')
+    if c.attention_bias:
+      self.bq_NH = zeros((c.num_attention_heads, c.qk_head_dim), 'NH')
+      self.bk_GH = zeros((c.kv_heads, c.qk_head_dim), 'GH')
+      self.bv_GV = zeros((c.kv_heads, c.qk_head_dim), 'GV')
 
   def __call__(self, x_BTD, ctx: Context, cache: Cache | None = None, layer=0):
     """Returns (output [B, T, D], cache)."""
-    q_BTNH = rotate(jnp.einsum('BTD,DNH->BTNH', x_BTD, self.wq_DNH[...]), ctx.cos_sin)
-    k_BSGH = rotate(jnp.einsum('BTD,DGH->BTGH', x_BTD, self.wk_DGH[...]), ctx.cos_sin)
+    q_BTNH = jnp.einsum('BTD,DNH->BTNH', x_BTD, self.wq_DNH[...])
+    k_BSGH = jnp.einsum('BTD,DGH->BTGH', x_BTD, self.wk_DGH[...])
     v_BSGV = jnp.einsum('BTD,DGV->BTGV', x_BTD, self.wv_DGV[...])
+    if self.config.attention_bias:
+      q_BTNH, k_BSGH, v_BSGV = q_BTNH + self.bq_NH[...], k_BSGH + self.bk_GH[...], v_BSGV + self.bv_GV[...]
+    q_BTNH, k_BSGH = rotate(q_BTNH, ctx.cos_sin), rotate(k_BSGH, ctx.cos_sin)
     kv_segments = ctx.segments_BT
     if cache is not None:
       entries_BTJ = jnp.stack([k_BSGH, v_BSGV], axis=2).reshape(*k_BSGH.shape[:2], -1)

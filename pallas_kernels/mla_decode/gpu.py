@@ -52,8 +52,8 @@ def unsuitable(q_BTNJ, pages_PSJ, *, value_width) -> str | None:
   width, page = pages_PSJ.shape[2], pages_PSJ.shape[1]
   if not q_BTNJ.dtype == pages_PSJ.dtype == jnp.bfloat16:
     return f'it takes bfloat16 and queries are {q_BTNJ.dtype}, the cache {pages_PSJ.dtype}'
-  if value_width % 128 or value_width > 512 or width - value_width != 64:
-    return (f'it takes a latent of 128, 256, 384 or 512 and a RoPE width of 64, and these are {value_width} and '
+  if value_width not in (128, 256, 512) or width - value_width != 64:
+    return (f'it takes a latent of 128, 256 or 512 and a RoPE width of 64, and these are {value_width} and '
             f'{width - value_width}')
   if page not in (16, 32) and page % BLOCK:
     return f'it takes pages of 16, 32 or a multiple of {BLOCK} tokens and these have {page}'
@@ -96,8 +96,9 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
   score_scale = scale * LOG2_E
   dtype = jnp.dtype(dtype)
   merged = min(rows, ROWS)
+  row_layout = plgpu.Layout.WG_STRIDED((value_width,), value_width // 128)
   # Of a thread, in the warpgroups that compute and in the one that loads; pages below a block are more addresses.
-  registers = (240, 24) if copies == 1 else (232, 40) if copies == 2 else (216, 72)
+  registers = (240, 24) if copies == 1 else (216, 72)
 
   def body(q_g, kv_g, table_g, lengths_g, begin_g, parts_g, o_g, lse_g, part_o_g, part_lse_g,
            q_left, q_right, q_rope, k_left, k_right, k_rope, max_s, sum_s,
@@ -222,7 +223,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
               pieces = [lo + c * MERGE + u for u in range(MERGE)]
               slots = [jnp.where(p == lo, slot0, 2 * jnp.minimum(p, hi)) for p in pieces]
               lse2 = [jnp.where(p <= hi, part_lse_g[s, row], -jnp.inf) for p, s in zip(pieces, slots, strict=True)]
-              rows_C = [plgpu.load(part_o_g.at[s, row], layout=plgpu.Layout.WG_STRIDED((value_width,), 4),
+              rows_C = [plgpu.load(part_o_g.at[s, row], layout=row_layout,
                                    optimized=False) for s in slots]
               new = functools.reduce(jnp.maximum, lse2, top)
               shrink = jnp.exp2(top - new)
@@ -233,7 +234,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
                 o = o + x * w
               return new, total, o
 
-            o0 = plgpu.layout_cast(jnp.zeros((value_width,), jnp.float32), plgpu.Layout.WG_STRIDED((value_width,), 4))
+            o0 = plgpu.layout_cast(jnp.zeros((value_width,), jnp.float32), row_layout)
             top, total, o = lax.fori_loop(0, lax.div(hi - lo + MERGE, jnp.int32(MERGE)), some,
                                           (jnp.float32(LOWEST), jnp.float32(0), o0))
             seen = total > 0
