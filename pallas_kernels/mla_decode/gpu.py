@@ -26,25 +26,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import schedule
-from pallas_kernels.mosaic_gpu import ROW, STREAMING_MULTIPROCESSORS, any_in_warp, opaque_zero
+from pallas_kernels.mosaic_gpu import MATRIX, ROW, TILES, across, any_in_warp, multiprocessors, opaque_zero, zeros
 
 ROWS = BLOCK = 64
 MERGE = 8  # partial results read at a time
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # of a running maximum: finite, so that exp2 of a masked score minus it is 0 and not NaN
-WG = plgpu.Layout.WGMMA
 LAZY = 8.0  # how far, in powers of two, a score may exceed the running maximum before that follows
 
 
-def programs(rows: int) -> tuple[int, int, int]:
-  """(blocks of 64 rows, programs a cluster, parts the keys are divided into) for T * N rows."""
-  blocks = -(-rows // ROWS)
-  cluster = 2 if blocks % 2 == 0 else 1
-  return blocks, cluster, max(1, STREAMING_MULTIPROCESSORS // blocks)
+def _blocks(rows: int) -> int:
+  return -(-rows // ROWS)
 
 
 def make_plan(lengths_B, rows: int) -> schedule.Plan:
-  return schedule.make(lengths_B, programs(rows)[2])
+  """For rows = T * N: one program a streaming multiprocessor, those of the same keys in one part."""
+  return schedule.make(lengths_B, max(1, multiprocessors(lengths_B) // _blocks(rows)))
 
 
 def unsuitable(q_BTNJ, pages_PSJ, *, value_width) -> str | None:
@@ -57,8 +54,9 @@ def unsuitable(q_BTNJ, pages_PSJ, *, value_width) -> str | None:
             f'{width - value_width}')
   if page not in (16, 32) and page % BLOCK:
     return f'it takes pages of 16, 32 or a multiple of {BLOCK} tokens and these have {page}'
-  if (blocks := -(-q_BTNJ.shape[1] * q_BTNJ.shape[2] // ROWS)) > STREAMING_MULTIPROCESSORS:
-    return f'it takes up to {STREAMING_MULTIPROCESSORS} blocks of {ROWS} rows (query tokens x heads), here {blocks}'
+  rows, most = q_BTNJ.shape[1] * q_BTNJ.shape[2], multiprocessors(q_BTNJ) * ROWS
+  if rows > most:
+    return f'it takes up to {most} rows (query tokens x heads) and these are {rows}'
   return None
 
 
@@ -70,8 +68,8 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width)
   padded = -(-rows // 8) * 8  # TMA writes whole swizzle tiles of 8 rows
   q_BMJ = jnp.pad(q_BMJ, ((0, 0), (0, padded - rows), (0, 0)))
   plan = make_plan(lengths_B, rows) if plan is None else plan
-  kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1], q_BTNJ.dtype.name,
-                   float(scale))
+  kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1],
+                   len(plan.begin_P2) - 1, q_BTNJ.dtype.name, float(scale))
   o_BMC, lse_BM, *_ = kernel(q_BMJ, pages_PSJ, table_BP.astype(jnp.int32), lengths_B, *plan)
   outputs = o_BMC[:, :rows].reshape(batch, t, heads, value_width), lse_BM[:, :rows].reshape(batch, t, heads)
   return dispatch.vary(outputs, dispatch.varying_axes(q_BTNJ))
@@ -83,12 +81,13 @@ def _accumulate(issue, *accumulators):
 
 
 def _columns(x_M, like_MN):
-  return lax.broadcast_in_dim(x_M, like_MN.shape, [0])
+  return across(x_M, like_MN.shape, 0)
 
 
 @functools.cache
-def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, dtype, scale):
-  blocks, cluster, parts = programs(rows)
+def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, parts, dtype, scale):
+  blocks = _blocks(rows)
+  cluster = 2 if blocks % 2 == 0 else 1
   groups = blocks // cluster
   half, rope = value_width // 2, width - value_width
   num_pages, page = pages_shape[:2]
@@ -132,19 +131,16 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
 
       return lax.cond(any_in_warp(m_new - m_old), scale, lambda: (o, l))
 
-    def zeros(shape):
-      return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WG)
-
     def row_of(value):
       return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW)
 
     def mask(s, key_block, length):
       """Scores of keys the row does not see become -inf: past the length, or newer than the row's token."""
       def masked():
-        key = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=WG) + key_block * BLOCK
+        key = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=MATRIX) + key_block * BLOCK
         limit = length
         if t > 1:
-          row = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 0, layout=WG) + block * ROWS
+          row = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 0, layout=MATRIX) + block * ROWS
           limit = length - t + 1 + lax.div(row, jnp.full_like(row, heads))
         return jnp.where(key < limit, s, -jnp.inf)
 
@@ -156,8 +152,8 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
       def _():
         for column in range(0, half, 64):
           tile = k.at[slot, :, pl.ds(column, 64)]
-          row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=WG) + key_block * BLOCK
-          kept = plgpu.load(tile, layout=WG, optimized=False)
+          row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=MATRIX) + key_block * BLOCK
+          kept = plgpu.load(tile, layout=MATRIX, optimized=False)
           tile[...] = jnp.where(row < length, kept, jnp.zeros_like(kept))
         plgpu.commit_smem()
 
@@ -253,7 +249,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         request, length, steps, begin, end = segment(i)
         plgpu.barrier_wait(q_ready)
         o, l, m = lax.cond(begin < end, lambda: work(length, begin, end),
-                           lambda: (zeros((ROWS, half)), row_of(0.0), row_of(LOWEST)))
+                           lambda: (zeros(ROWS, half), row_of(0.0), row_of(LOWEST)))
         epilogue(o, l, m, side, request, (begin > 0) | (end < steps))
 
       merge(side)
@@ -273,7 +269,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         plgpu.wgmma(acc, q_rope.at[z], k_rope.at[z].T)
 
       zero = opaque_zero()
-      s, = _accumulate(lambda acc: scores(acc, zero), zeros((ROWS, BLOCK)))
+      s, = _accumulate(lambda acc: scores(acc, zero), zeros(ROWS, BLOCK))
 
       def step(i, carry):
         o, s, l, m = carry
@@ -308,10 +304,10 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
           plgpu.wgmma(o_acc, k_rope.at[zero + 1], k_left.at[zero + 1])
           scores(s_acc, zero, last_free=2, load=i + 1 < end)
 
-        o, s = _accumulate(second, o, zeros((ROWS, BLOCK)))
+        o, s = _accumulate(second, o, zeros(ROWS, BLOCK))
         return o, s, l, m1
 
-      o, _, l, m = lax.fori_loop(begin, end, step, (zeros((ROWS, half)), s, row_of(0.0), row_of(LOWEST)))
+      o, _, l, m = lax.fori_loop(begin, end, step, (zeros(ROWS, half), s, row_of(0.0), row_of(LOWEST)))
       return o, l, m
 
     def right(length, begin, end):
@@ -323,7 +319,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         plgpu.wgmma(acc, q_rope.at[z], k_rope.at[z + 1].T)
 
       zero = opaque_zero()
-      s, = _accumulate(lambda acc: scores(acc, zero), zeros((ROWS, BLOCK)))
+      s, = _accumulate(lambda acc: scores(acc, zero), zeros(ROWS, BLOCK))
 
       def step(i, carry):
         o, s, l, m = carry
@@ -354,10 +350,10 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
 
         o, = _accumulate(values, o)
         free(1)
-        s, = _accumulate(lambda acc: scores(acc, zero, load=i + 1 < end), zeros((ROWS, BLOCK)))
+        s, = _accumulate(lambda acc: scores(acc, zero, load=i + 1 < end), zeros(ROWS, BLOCK))
         return o, s, l, m1
 
-      o, _, l, m = lax.fori_loop(begin, end, step, (zeros((ROWS, half)), s, row_of(0.0), row_of(LOWEST)))
+      o, _, l, m = lax.fori_loop(begin, end, step, (zeros(ROWS, half), s, row_of(0.0), row_of(LOWEST)))
       return o, l, m
 
     def load_block(request, key_block, exists, k, slot, column, columns, ready):
@@ -421,7 +417,6 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
     pl.when(wg == 1)(lambda: consumer(1, right))
     pl.when(wg == 2)(producer)
 
-  tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
   barrier = plgpu.Barrier
   if cluster > 1:
     k_free = plgpu.ClusterBarrier(collective_axes=('member',), num_barriers=4)
@@ -434,8 +429,8 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
     out_type=(jax.ShapeDtypeStruct((batch, rows, value_width), dtype), jax.ShapeDtypeStruct((batch, rows), f32),
               jax.ShapeDtypeStruct((2 * parts, blocks * ROWS, value_width), f32),
               jax.ShapeDtypeStruct((2 * parts, blocks * ROWS), f32)),
-    scratch_types=[*(plgpu.SMEM((1, ROWS, n), dtype, transforms=tiled) for n in (half, half, rope)),
-                   *(plgpu.SMEM((2, BLOCK, n), dtype, transforms=tiled) for n in (half, half, rope)),
+    scratch_types=[*(plgpu.SMEM((1, ROWS, n), dtype, transforms=TILES) for n in (half, half, rope)),
+                   *(plgpu.SMEM((2, BLOCK, n), dtype, transforms=TILES) for n in (half, half, rope)),
                    plgpu.SMEM((2, ROWS), f32), plgpu.SMEM((2, ROWS), f32),
                    barrier(num_arrivals=3), barrier(num_arrivals=2),
                    barrier(num_arrivals=copies, num_barriers=2), barrier(num_arrivals=2 * copies, num_barriers=2),
