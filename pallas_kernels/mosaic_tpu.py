@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 
 from pallas_kernels import dispatch
 
@@ -75,6 +76,17 @@ def interpreter(**options):
 def interpreted() -> bool:
   """Whether `interpreter` is in force."""
   return _interpreting.get()
+
+
+def unsuitable(*operands, **_) -> str | None:
+  """For `dispatch.Implementation`: these kernels compute what one device holds."""
+  meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in operands if x is not None)]
+  for mesh in meshes:
+    axes = [f'{name}={size}' for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+            if size > 1 and kind != AxisType.Manual]
+    if axes:
+      return f'the compiler cannot divide it over the mesh ({", ".join(axes)}): call the op inside jax.shard_map'
+  return None
 
 
 def call(kernel, operands, *, out_shape, grid, in_specs, out_specs, scratch_shapes, dimensions, prefetched=0, name):

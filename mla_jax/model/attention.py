@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla_jax.axes import shard
+from mla_jax.axes import per_device, shard
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import Cache
 from mla_jax.model.layers import normal, ones, rms_norm, zeros
@@ -60,6 +60,16 @@ def _rotation(config: ModelConfig, positions_BT):
   return rotation(positions_BT, config.qk_head_dim, config.rope_theta, config.rope_scaling)
 
 
+def attend(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale):
+  """Causal attention of equally many heads."""
+  def local(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments):
+    return flash_attention(q_BTNH, k_BSNH, v_BSNV, scale=scale, causal=True, q_segments=q_segments,
+                           kv_segments=kv_segments)
+
+  return per_device(local, (q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments), ('BTNH', 'BSNH', 'BSNV', 'BT', 'BS'),
+                    ('BTNV', (*q_BTNH.shape[:3], v_BSNV.shape[3])))
+
+
 def attend_expanded(q_BTNH, c_BSJ, wuk_CNK, wuv_CNV, *, scale, q_segments, kv_segments):
   """Keys and values per head from the latents: k = [c W_UK ; k_rope], v = c W_UV (V2 report, eq. 9-11)."""
   with jax.named_scope('mla/expanded'):
@@ -69,8 +79,7 @@ def attend_expanded(q_BTNH, c_BSJ, wuk_CNK, wuv_CNV, *, scale, q_segments, kv_se
     v_BSNV = jnp.einsum('BSC,CNV->BSNV', c_BSC, wuv_CNV)
     kr_BSNR = jnp.broadcast_to(kr_BSR[:, :, None], (*k_BSNK.shape[:3], kr_BSR.shape[-1]))
     k_BSNH = jnp.concatenate([k_BSNK, kr_BSNR], axis=-1)
-    return flash_attention(q_BTNH, k_BSNH, v_BSNV, scale=scale, causal=True,
-                           q_segments=q_segments, kv_segments=kv_segments)
+    return attend(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale)
 
 
 def attend_absorbed(q_BTNH, pages_PSJ, table_BP, lengths_B, wuk_CNK, wuv_CNV, *, scale, plan=None):
@@ -178,9 +187,8 @@ class GroupedQueryAttention(nnx.Module):
         kv_BS2GH = entries_BSJ.reshape(*entries_BSJ.shape[:2], 2, *k_BSGH.shape[2:])
         k_BSGH, v_BSGV, kv_segments = kv_BS2GH[:, :, 0], kv_BS2GH[:, :, 1], valid_BS.astype(jnp.int32)
     groups = q_BTNH.shape[2] // k_BSGH.shape[2]
-    o_BTNV = flash_attention(q_BTNH, jnp.repeat(k_BSGH, groups, axis=2), jnp.repeat(v_BSGV, groups, axis=2),
-                             scale=self.config.softmax_scale, causal=True,
-                             q_segments=ctx.segments_BT, kv_segments=kv_segments)
+    o_BTNV = attend(q_BTNH, jnp.repeat(k_BSGH, groups, axis=2), jnp.repeat(v_BSGV, groups, axis=2),
+                    ctx.segments_BT, kv_segments, self.config.softmax_scale)
     return shard(jnp.einsum('BTNV,NVD->BTD', o_BTNV, self.wo_NVD[...]), 'BTD'), cache
 
 

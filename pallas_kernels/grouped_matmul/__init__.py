@@ -33,7 +33,8 @@ def differentiable(kernels):
 
 registry = dispatch.Registry(
   'grouped_matmul',
-  dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted),
+  dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted,
+                          unsuitable=tpu.unsuitable),
   dispatch.Implementation('xla', differentiable(xla)),
   dispatch.Implementation('reference', reference.grouped_matmul),
 )

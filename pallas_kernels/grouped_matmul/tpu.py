@@ -19,6 +19,15 @@ from pallas_kernels.mosaic_tpu import dot
 CHUNK = 1024  # of the contraction in one product: the code of a product grows with it
 
 
+def unsuitable(lhs_MK, rhs_GKN, **_):
+  """For `dispatch.Implementation`: forward contracts K and the gradient to lhs N, and a tile holds all of either."""
+  reason = mosaic_tpu.unsuitable(lhs_MK, rhs_GKN)
+  longest, chip = max(rhs_GKN.shape[1:]), mosaic_tpu.chip(lhs_MK, rhs_GKN)
+  if reason is None and _columns_that_fit(16, longest, lhs_MK.dtype.itemsize, 4, True, chip) < 128:
+    reason = f'a contraction of {longest} does not fit in the {chip.vmem // mosaic_tpu.MIB} MiB of VMEM'
+  return reason
+
+
 def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype, zero_tail):
   scales = ()
   if lhs_scales is not None:
@@ -84,8 +93,7 @@ def _rows_times_group(x_MK, rhs_GKN, group_sizes_G, scales, out_dtype, zero_tail
   (m, k), groups = x_MK.shape, len(group_sizes_G)
   n = rhs_GKN.shape[1 if rhs_transposed else 2]
   chip = mosaic_tpu.chip(x_MK, rhs_GKN)
-  tm = _row_tile(m, groups, chip)
-  tn = _column_tile(n, tm, k, x_MK.dtype.itemsize, jnp.dtype(out_dtype).itemsize, bool(scales), chip)
+  tm, tn = _tiles(m, groups, n, k, x_MK.dtype.itemsize, jnp.dtype(out_dtype).itemsize, bool(scales), chip)
   if zero_tail:  # the rows of no group are a group that no weights belong to
     group_sizes_G = jnp.append(group_sizes_G, m - group_sizes_G.sum())
   *visits, count = _visits(group_sizes_G, m, tm, empty_too=False)
@@ -199,16 +207,21 @@ def _row_tile(m, groups, chip):
   return min(tile, chip.matmul_rows, pl.cdiv(m, 16) * 16)
 
 
-def _column_tile(n, tm, k, itemsize, out_itemsize, scaled, chip):
-  """The most columns whose blocks, twice for the copies under way, fit beside the tile's rows."""
+def _tiles(m, groups, n, k, itemsize, out_itemsize, scaled, chip):
+  """Rows and columns of a tile of the product: as many columns as fit beside the rows; fewer rows if too few do."""
+  tm = _row_tile(m, groups, chip)
+  while tm > 16 and _columns_that_fit(tm, k, itemsize, out_itemsize, scaled, chip) < min(n, 512):
+    tm //= 2
+  fits = _columns_that_fit(tm, k, itemsize, out_itemsize, scaled, chip)
+  return tm, _split(n, min(fits, chip.matmul_columns), chip)
+
+
+def _columns_that_fit(tm, k, itemsize, out_itemsize, scaled, chip):
+  """Columns whose blocks, twice for the copies under way, fit in VMEM beside the tile's rows."""
   rows = 2 * tm * k * itemsize + (2 * tm * 4 * 128 if scaled else 0)
   column = 2 * k * itemsize + tm * (2 * out_itemsize + 3 * 4) + (2 * k // BLOCK * 4 if scaled else 0)
   # A quarter is left for what the compiler keeps of a product's operands and result.
-  fits = (mosaic_tpu.vmem_limit(chip) * 3 // 4 - rows) // column
-  if fits < min(n, 128):
-    raise NotImplementedError(f'grouped_matmul: a contraction of {k} does not fit in the VMEM of this TPU '
-                              f'({chip.vmem >> 20} MiB); split it, or take implementation="xla"')
-  return _split(n, min(fits, chip.matmul_columns), chip)
+  return (mosaic_tpu.vmem_limit(chip) * 3 // 4 - rows) // column
 
 
 def _split(n, most, chip):

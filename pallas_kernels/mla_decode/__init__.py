@@ -9,7 +9,8 @@ from pallas_kernels.mla_decode import gpu, reference, tpu, xla
 registry = dispatch.Registry(
   'mla_decode',
   dispatch.Implementation('gpu', gpu.mla_decode, ('gpu',), mosaic_gpu.unavailable, unsuitable=gpu.unsuitable),
-  dispatch.Implementation('tpu', tpu.mla_decode, ('tpu',), interpreted=mosaic_tpu.interpreted),
+  dispatch.Implementation('tpu', tpu.mla_decode, ('tpu',), interpreted=mosaic_tpu.interpreted,
+                          unsuitable=mosaic_tpu.unsuitable),
   dispatch.Implementation('xla', xla.mla_decode),
   dispatch.Implementation('reference', reference.mla_decode),
 )

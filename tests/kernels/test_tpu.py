@@ -2,6 +2,7 @@
 moment, and each access is checked for races."""
 
 import dataclasses
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import flash_attention, grouped_matmul, mla_decode, mosaic_tpu, testing
 
@@ -47,6 +49,31 @@ def test_a_race_is_found(capsys):
                     out_shape=[((8, 128), jnp.float32)], out_specs=[pl.BlockSpec((8, 128), lambda _: (0, 0))],
                     scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA], name='race')
   assert 'RACE DETECTED' in capsys.readouterr().out
+
+
+def test_kernels_are_not_divided_by_the_compiler(caplog):
+  caplog.set_level(logging.INFO, 'pallas_kernels')
+  q_BTNH, v_BTNV = jnp.ones((4, 8, 2, 8)), jnp.ones((4, 8, 2, 4))
+
+  def shapes(implementation):
+    return jax.eval_shape(lambda: flash_attention(q_BTNH, q_BTNH, v_BTNV, scale=1, implementation=implementation))
+
+  device = jax.sharding.AbstractDevice(device_kind='TPU v5', num_cores=2, platform='tpu')
+  with jax.sharding.use_abstract_mesh(AbstractMesh((4,), ('data',), (AxisType.Auto,), abstract_device=device)):
+    assert mosaic_tpu.chip().cores == 2
+    with pytest.raises(NotImplementedError, match=r'over the mesh \(data=4\): call the op inside jax.shard_map'):
+      shapes('tpu')
+    assert shapes(None).shape == v_BTNV.shape
+  assert 'xla on tpu (' in caplog.text
+  with jax.sharding.use_abstract_mesh(AbstractMesh((4,), ('data',), (AxisType.Manual,), abstract_device=device)):
+    assert shapes('tpu').shape == v_BTNV.shape
+
+
+def test_a_contraction_beyond_vmem_is_refused():
+  operands = [jax.ShapeDtypeStruct(*x) for x in (((8, 200_000), jnp.bfloat16), ((2, 200_000, 128), jnp.bfloat16),
+                                                 ((2,), jnp.int32))]
+  with mosaic_tpu.interpreter(), pytest.raises(NotImplementedError, match='a contraction of 200000 does not fit'):
+    jax.eval_shape(lambda *x: grouped_matmul(*x, implementation='tpu'), *operands)
 
 
 @pytest.mark.parametrize(('op', 'case'), [(op, case) for op in OPS for case in testing.CASES[op]], ids=str)
