@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import tqdm
 from absl import app, flags
+from absl import logging as absl_logging
 
 from mla_jax import axes
 from mla_jax.checkpoint import block_fp8, published, store, tensor_files
@@ -376,6 +377,7 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
     if argv[1] == 'config':
       write_config(source, target)
     else:
+      tensor_files.require_free(target)
       config, params, buffers = store.read_run(source)
       save(target, config.model, params, buffers, dtype=flag_values.dtype, fp8=flag_values.fp8,
            tokenizer=source / 'tokenizer')
@@ -387,5 +389,6 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
 
 
 if __name__ == '__main__':
+  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs there
   define_flags(flags.FLAGS)
   app.run(main)
