@@ -23,18 +23,29 @@ class Implementation:
 
   platforms: those it serves ('cpu', 'gpu', 'tpu'); None = all.
   unavailable: called at each choice, returns None, or in one clause why it cannot run now (jax too old, wrong chip).
-    An implementation that can also be interpreted elsewhere answers for that here and lists the platform.
+  interpreted: whether its kernels are being interpreted now, on the CPU; it then serves 'cpu' too.
+  unsuitable: called with what the op gives `choose`, returns None, or in one clause what about them it does not serve.
   """
 
   name: str
   kernels: Any
   platforms: tuple[str, ...] | None = None
   unavailable: Callable[[], str | None] | None = None
+  interpreted: Callable[[], bool] | None = None
+  unsuitable: Callable[..., str | None] | None = None
 
   def reason_unavailable(self, target: str) -> str | None:
-    if self.platforms is not None and target not in self.platforms:
+    interpreted = target == 'cpu' and self.interpreted is not None and self.interpreted()
+    if self.platforms is not None and target not in self.platforms and not interpreted:
       return f'it serves {", ".join(self.platforms)} and this program is for {target}'
     return self.unavailable() if self.unavailable else None
+
+  def reason_against(self, target: str, *operands, **facts) -> str | None:
+    """Why it cannot compute the op on these operands there, or None."""
+    reason = self.reason_unavailable(target)
+    if reason is None and self.unsuitable:
+      reason = self.unsuitable(*operands, **facts)
+    return reason
 
 
 def platform(*operands) -> str:
@@ -43,19 +54,19 @@ def platform(*operands) -> str:
   The ambient mesh decides, then a mesh an operand is laid out on: while compiling for a TPU that is not there,
   `jax.default_backend()` answers cpu. Without a mesh it is `jax.default_device` or the default backend.
   """
+  name = device(*operands).platform
+  return 'gpu' if name in ('cuda', 'rocm') else name
+
+
+def device(*operands):
+  """The device, as `platform` finds it: present, or a `jax.sharding.AbstractDevice` where a mesh says so."""
   meshes = [jax.sharding.get_abstract_mesh()]
   meshes += [jax.typeof(x).sharding.mesh for x in operands if x is not None]
   for mesh in meshes:
     if mesh.abstract_device is not None:
-      return _canonical(mesh.abstract_device.platform)
-  device = jax.config.jax_default_device
-  if device is None:
-    return _canonical(jax.default_backend())
-  return _canonical(device if isinstance(device, str) else device.platform)
-
-
-def _canonical(name: str) -> str:
-  return 'gpu' if name in ('cuda', 'rocm') else name
+      return mesh.abstract_device
+  default = jax.config.jax_default_device
+  return jax.local_devices(backend=default)[0] if default is None or isinstance(default, str) else default
 
 
 class Registry:
@@ -77,18 +88,22 @@ class Registry:
     reasons = {i.name: i.reason_unavailable(target) for i in self.all}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
-  def choose(self, name: str | None, *operands):
-    """The kernels of the implementation `name`, or of the best one for the platform when it is None.
+  def choose(self, name: str | None, *operands, **facts):
+    """The kernels of the implementation `name`, or of the best one for the platform and operands when it is None.
+
+    operands: arrays; facts: what else decides whether an implementation serves the call.
 
     Raises ValueError for a name nobody knows, NotImplementedError for one that this op lacks or that cannot run here.
     """
     target = platform(*operands)
-    usable = self.implementations(target)
+    reasons = {i.name: i.reason_against(target, *operands, **facts) for i in self.all}
+    usable = [name for name, reason in reasons.items() if reason is None]
     if name is None:
       chosen = next(i for i in self.all if i.name in usable)
-      if (chosen.name, target) not in self._said:
-        self._said.add((chosen.name, target))
-        better = [f'{n}: {why}' for n, why in self.unavailable(target).items()]
+      better = [f'{i.name}: {reasons[i.name]}' for i in self.all[:self.all.index(chosen)]]
+      said = (chosen.name, target, *better)
+      if said not in self._said:
+        self._said.add(said)
         _log.info('%s: %s on %s%s', self.op, chosen.name, target, f' ({"; ".join(better)})' if better else '')
       return chosen.kernels
     if name not in KNOWN:
@@ -97,10 +112,9 @@ class Registry:
     if chosen is None:
       raise NotImplementedError(
         f'{self.op}: implementation={name!r} is not written for this op; here it can be None, {_listed(usable)}')
-    reason = chosen.reason_unavailable(target)
-    if reason is not None:
+    if reasons[name] is not None:
       raise NotImplementedError(
-        f'{self.op}: implementation={name!r} cannot run: {reason}; here it can be None, {_listed(usable)}')
+        f'{self.op}: implementation={name!r} cannot run: {reasons[name]}; here it can be None, {_listed(usable)}')
     return chosen.kernels
 
   def public(self, function):
