@@ -12,7 +12,6 @@ BLOCK = (128, 128)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = float(ml_dtypes.finfo(FP8).max)  # 448
 SCALE_FORMATS = ('float32', 'ue8m0')
-# Looking a byte up is several times faster than converting it.
 VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 
@@ -23,12 +22,14 @@ def scale_shape(shape, block=BLOCK) -> tuple[int, ...]:
 def dequantize(q_MK, scales, rows: slice, columns: slice, block, dtype) -> np.ndarray:
   """The part [rows, columns] of a matrix. `q_MK` is that part; `scales` are those of the blocks it touches."""
   out = np.empty(q_MK.shape, dtype)
-  top, factor_K = rows.start // block[0], np.arange(columns.start, columns.stop) // block[1] - columns.start // block[1]
-  # A row of blocks at a time: the float32 in between stays small.
-  for i, scale in enumerate(scales.astype(np.float32)):
+  top = rows.start // block[0]
+  # What each of the 256 bytes becomes in each block: looking that up is faster than multiplying and rounding.
+  tables = (VALUES * scales.astype(np.float32)[..., None]).astype(dtype)
+  table_K = (np.arange(columns.start, columns.stop) // block[1] - columns.start // block[1]) * len(VALUES)
+  for i, table in enumerate(tables):
     begin = max((top + i) * block[0] - rows.start, 0)
     end = min((top + i + 1) * block[0] - rows.start, len(q_MK))
-    out[begin:end] = VALUES[q_MK[begin:end].view(np.uint8)] * scale[factor_K]
+    np.take(table.reshape(-1), q_MK[begin:end].view(np.uint8) + table_K, out=out[begin:end], mode='clip')
   return out
 
 

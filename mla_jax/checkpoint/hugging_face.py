@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 from collections import deque
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 PLAIN = ('BF16', 'F16', 'F32')  # what weights are stored in beside FP8
 SCALES = ('F32', 'F8_E8M0')
-AHEAD = 4  # tensors that threads read while the one before them is placed
+AHEAD = min(os.cpu_count() or 1, 8)  # tensors that threads read and convert while others are placed
 COMPARED = 64 << 20  # bytes of a repeated tensor compared at a time
 FILE_BYTES = 5 * 10**9
 FREQUENCIES = '.self_attn.rotary_emb.inv_freq'  # in some Llama files: what follows from config.json
