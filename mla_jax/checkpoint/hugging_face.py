@@ -91,6 +91,10 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None) -> t
   config = config_from_hf(values)
   stored = tensor_files.scan(directory)
   config = _without_dropped_mtp(directory, config, stored)
+  least = config.num_hidden_layers + config.num_moe_layers * config.n_routed_experts
+  if least > len(stored):  # before so many are listed
+    raise HFError(f'{directory}: its tensors are not those of its config.json: {len(stored)} for '
+                  f'{config.num_hidden_layers} layers with {config.n_routed_experts} experts')
   _, params, buffers = abstract(config)
   variables = dict(published.leaves(params)) | dict(published.leaves(buffers))
   shapes = {path: variable.shape for path, variable in variables.items()}
