@@ -24,6 +24,7 @@ class Implementation:
   platforms: those it serves ('cpu', 'gpu', 'tpu'); None = all.
   unavailable: called at each choice, returns None, or in one clause why it cannot run now (jax too old, wrong chip).
   interpreted: whether its kernels are being interpreted now, on the CPU; it then serves 'cpu' too.
+  unsuitable: called with the op's operands, returns None, or in one clause what about them it does not serve.
   """
 
   name: str
@@ -31,12 +32,20 @@ class Implementation:
   platforms: tuple[str, ...] | None = None
   unavailable: Callable[[], str | None] | None = None
   interpreted: Callable[[], bool] | None = None
+  unsuitable: Callable[..., str | None] | None = None
 
   def reason_unavailable(self, target: str) -> str | None:
     interpreted = target == 'cpu' and self.interpreted is not None and self.interpreted()
     if self.platforms is not None and target not in self.platforms and not interpreted:
       return f'it serves {", ".join(self.platforms)} and this program is for {target}'
     return self.unavailable() if self.unavailable else None
+
+  def reason_against(self, target: str, *operands) -> str | None:
+    """Why it cannot compute the op on these operands there, or None."""
+    reason = self.reason_unavailable(target)
+    if reason is None and self.unsuitable:
+      reason = self.unsuitable(*operands)
+    return reason
 
 
 def platform(*operands) -> str:
@@ -85,12 +94,14 @@ class Registry:
     Raises ValueError for a name nobody knows, NotImplementedError for one that this op lacks or that cannot run here.
     """
     target = platform(*operands)
-    usable = self.implementations(target)
+    reasons = {i.name: i.reason_against(target, *operands) for i in self.all}
+    usable = [name for name, reason in reasons.items() if reason is None]
     if name is None:
       chosen = next(i for i in self.all if i.name in usable)
-      if (chosen.name, target) not in self._said:
-        self._said.add((chosen.name, target))
-        better = [f'{n}: {why}' for n, why in self.unavailable(target).items()]
+      better = [f'{i.name}: {reasons[i.name]}' for i in self.all[:self.all.index(chosen)]]
+      said = (chosen.name, target, *better)
+      if said not in self._said:
+        self._said.add(said)
         _log.info('%s: %s on %s%s', self.op, chosen.name, target, f' ({"; ".join(better)})' if better else '')
       return chosen.kernels
     if name not in KNOWN:
@@ -99,10 +110,9 @@ class Registry:
     if chosen is None:
       raise NotImplementedError(
         f'{self.op}: implementation={name!r} is not written for this op; here it can be None, {_listed(usable)}')
-    reason = chosen.reason_unavailable(target)
-    if reason is not None:
+    if reasons[name] is not None:
       raise NotImplementedError(
-        f'{self.op}: implementation={name!r} cannot run: {reason}; here it can be None, {_listed(usable)}')
+        f'{self.op}: implementation={name!r} cannot run: {reasons[name]}; here it can be None, {_listed(usable)}')
     return chosen.kernels
 
   def public(self, function):
