@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
@@ -44,3 +45,15 @@ def interpreter(**options):
 def interpreted() -> bool:
   """Whether `interpreter` is in force."""
   return _interpreting.get()
+
+
+def copy_where(condition, source, target):
+  """Starts the copy of source in shared memory to GMEM, uncommitted, if condition.
+
+  A predicate rather than a branch: with dozens of branches around large arrays in registers LLVM does not finish. Pallas'
+  interpreter knows branches only.
+  """
+  if interpreted():
+    pl.when(condition)(lambda: plgpu.copy_smem_to_gmem(source, target, commit_group=False))
+  else:
+    plgpu.copy_smem_to_gmem(source, target, condition, commit_group=False)

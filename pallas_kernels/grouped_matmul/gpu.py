@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul import gpu_schedule, scales
 from pallas_kernels.grouped_matmul.gpu_pipeline import NEVER, Job, Tiling, run
 
@@ -150,21 +151,19 @@ def _rows_job(tiling, c, n, dtype, fp8, transposed) -> Job:
     else:  # kept for later: whole
       copy()
 
-  def write_part(out, buffers, piece, tile, row, column):
-    """Fewer than 64 rows of a piece, the group's: a copy for each bit of their number."""
+  def write_part(whole, out, buffers, piece, tile, row, column):
+    """The group's rows of a piece: a copy for each bit of their number."""
     first, last = (lax.clamp(_I32(0), tile[key] - row, _I32(64)) for key in ('first', 'last'))
     count = last - first
 
-    @pl.when((count > 0) & (count < 64))
+    @pl.when((count > 0) & (count < 64 + whole))
     def _():
       buffers[1][...] = piece
       plgpu.commit_smem()
       start = first
-      for rows in (32, 16, 8, 4, 2, 1):
-        @pl.when((count & rows) != 0)
-        def _(start=start, rows=rows):
-          there = target(out, tile, tile['row8'] * 8 + row + start, rows, column, piece.shape[1])
-          plgpu.copy_smem_to_gmem(buffers[1].at[pl.ds(start, rows)], there, commit_group=False)
+      for rows in (64, 32, 16, 8, 4, 2, 1)[not whole:]:
+        there = target(out, tile, tile['row8'] * 8 + row + start, rows, column, piece.shape[1])
+        mosaic_gpu.copy_where((count & rows) != 0, buffers[1].at[pl.ds(start, rows)], there)
         start = start + (count & rows)
 
   scale = (lambda refs, tile, k: refs[4][tile['group'], k, lax.div(tile['column'], _I32(scales.BLOCK))]) if fp8 else None

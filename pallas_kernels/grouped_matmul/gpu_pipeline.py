@@ -12,6 +12,7 @@ that loads by TMA into a ring of slots. It walks the tiles `program`, `program +
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -54,8 +55,8 @@ class Job:
   factors(slot, warpgroup): the two operands of wgmma.
   keep(tile, warpgroup): what `write` needs to write the result later, and 'from_step': 0, or NEVER where it may not.
   write(out, buffers, piece, kept, row, column): copies a 64-row piece out; row and column count from the tile's first.
-  write_part(...): the same where `write` writes nothing, given the tile, because the rows are not all the tile's; called
-    at once, never later. None: there are no such tiles.
+  write_part(whole, ...): the same for a piece of which not all rows are the tile's, given the tile, and with `whole` for
+    one that is; called at once, never later. None: all rows of all tiles are theirs.
   live(tile, warpgroup): whether the warpgroup has anything to multiply; None: always.
   clear(refs, tile, k, slot, warpgroup, cleared): sets to zero what does not belong to the tile. None: nothing.
   scales(refs, tile, k, slot, rows): (one number a row, a scalar) that multiply step k's product, for FP8. None: ones.
@@ -191,7 +192,7 @@ class _Program:
     for j in range(len(self.pieces)):
       pl.when((j >= steps) & (previous[1]['from_step'] == 0))(lambda j=j: self.write(j, *previous))
     result = sums.astype(self.dtype)
-    self.write_rest(sums, tile)
+    self.write_rest(result, tile)
     return result, slot
 
   def sums(self, tile, slot, previous):
@@ -269,11 +270,16 @@ class _Program:
 
   def write_rest(self, result, tile):
     if self.job.write_part:
-      pl.when(self.job.keep(tile, self.warpgroup)['from_step'] != 0)(lambda: self.write_all(result, tile))
+      @pl.when(self.job.keep(tile, self.warpgroup)['from_step'] != 0)
+      def _():
+        # `write_part` for its whole pieces too: fewer branches. See `mosaic_gpu.copy_where`.
+        for j in range(len(self.pieces)):
+          self.write(j, result, tile, functools.partial(self.job.write_part, True))
 
   def write_all(self, result, tile):
+    parts = [functools.partial(self.job.write_part, False)] if self.job.write_part else []
     for j in range(len(self.pieces)):
-      self.write(j, result, tile, self.job.write, self.job.write_part)
+      self.write(j, result, tile, self.job.write, *parts)
 
   def write(self, j, result, where, *ways):
     row, column = self.pieces[j]
@@ -281,6 +287,5 @@ class _Program:
     buffers = [view.at[self.warpgroup, j % self.tiling.buffers] for view in self.buffers]
     plgpu.wait_smem_to_gmem(self.tiling.buffers - 1, wait_read_only=True)
     for way in ways or [self.job.write]:
-      if way:
-        way(self.out, buffers, piece, where, self.warpgroup * self.tiling.own_rows + row, column)
+      way(self.out, buffers, piece, where, self.warpgroup * self.tiling.own_rows + row, column)
     plgpu.commit_smem_to_gmem_group()
