@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, mosaic_tpu
-from pallas_kernels.flash_attention import reference, tpu, xla
+from pallas_kernels import dispatch, mosaic_gpu, mosaic_tpu
+from pallas_kernels.flash_attention import gpu, reference, tpu, xla
 
 
 def differentiable(kernels):
@@ -30,7 +30,9 @@ def differentiable(kernels):
 
 registry = dispatch.Registry(
   'flash_attention',
-  dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted),
+  dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted,
+                          unsuitable=mosaic_tpu.unsuitable),
+  dispatch.Implementation('gpu', differentiable(gpu), ('gpu',), mosaic_gpu.unavailable, unsuitable=gpu.unsuitable),
   dispatch.Implementation('xla', differentiable(xla)),
   dispatch.Implementation('reference', reference.flash_attention),
 )

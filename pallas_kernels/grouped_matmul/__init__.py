@@ -33,9 +33,10 @@ def differentiable(kernels):
 
 registry = dispatch.Registry(
   'grouped_matmul',
-  dispatch.Implementation('gpu', differentiable(gpu), ('gpu',), unavailable=mosaic_gpu.unavailable,
+  dispatch.Implementation('gpu', differentiable(gpu), ('gpu',), mosaic_gpu.unavailable,
                           interpreted=mosaic_gpu.interpreted, unsuitable=gpu.unsuitable),
-  dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted),
+  dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted,
+                          unsuitable=tpu.unsuitable),
   dispatch.Implementation('xla', differentiable(xla)),
   dispatch.Implementation('reference', reference.grouped_matmul),
 )

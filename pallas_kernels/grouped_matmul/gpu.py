@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import dispatch, mosaic_gpu
 from pallas_kernels.grouped_matmul import gpu_schedule, scales
 from pallas_kernels.grouped_matmul.gpu_pipeline import NEVER, Job, Tiling, run
 
@@ -25,13 +25,13 @@ PANEL = 1024  # rows of tiles that go over all columns together, so that the wei
 
 def unsuitable(lhs_MK, rhs_GKN) -> str | None:
   """What about the operands it does not serve, in one clause, or None."""
-  (_, k), n = lhs_MK.shape, rhs_GKN.shape[2]
+  k, n = rhs_GKN.shape[1:]
   if lhs_MK.dtype != rhs_GKN.dtype or lhs_MK.dtype.name not in ('bfloat16', 'float16', 'float8_e4m3fn'):
     return f'it takes bfloat16, float16 or float8_e4m3fn and these are {lhs_MK.dtype} and {rhs_GKN.dtype}'
   multiple = scales.BLOCK if lhs_MK.dtype.itemsize == 1 else 64
-  if k % multiple or n % 64:
+  if k % multiple or n % 64 or 0 in rhs_GKN.shape:
     return f'it needs K a multiple of {multiple} and N of 64 for {lhs_MK.dtype} and they are {k} and {n}'
-  return None
+  return dispatch.divided(lhs_MK, rhs_GKN)
 
 
 def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype, zero_tail):
