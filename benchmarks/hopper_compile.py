@@ -27,7 +27,7 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import mla_decode
+from pallas_kernels import grouped_matmul, mla_decode
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
@@ -53,7 +53,30 @@ def decode(name, batch, keys, heads, tokens, page=64, value_width=512, spills=0)
                ((batch, keys // page), I32), ((batch,), I32)), spills)
 
 
+def grouped(name, groups, m, k, n, out=BF16):
+  """Forward, and the gradients' kernels."""
+  multiply = functools.partial(grouped_matmul, out_dtype=out, implementation='gpu')
+  operands = ((m, k), BF16), ((groups, k, n), BF16), ((groups,), I32)
+  gradients = lambda lhs, rhs, sizes, dy: jax.vjp(lambda *x: multiply(*x, sizes), lhs, rhs)[1](dy)
+  return (Case(f'grouped_matmul, {name}', multiply, operands),
+          Case(f'grouped_matmul, {name}, gradients', gradients, (*operands, ((m, n), out))))
+
+
+def grouped_fp8(name, groups, m, k, n):
+  """Weights stored with the contraction innermost."""
+  multiply = lambda lhs, rhs_GNK, *rest: grouped_matmul(lhs, rhs_GNK.swapaxes(1, 2), *rest, implementation='gpu')
+  return Case(f'grouped_matmul, {name}, FP8', multiply,
+              (((m, k), jnp.float8_e4m3fn), ((groups, n, k), jnp.float8_e4m3fn), ((groups,), I32),
+               ((m, k // 128), F32), ((groups, k // 128, -(-n // 128)), F32)))
+
+
 CASES = (
+  *grouped('V3 gate and up', 32, 32768, 7168, 4096),
+  *grouped('V3 down', 32, 8192, 2048, 7168),
+  *grouped('Lite gate', 64, 32768, 2048, 1408),
+  *grouped('float32 result, odd rows', 8, 1001, 192, 320, F32),
+  grouped_fp8('V3 gate and up', 32, 32768, 7168, 4096),
+  grouped_fp8('Lite down', 64, 32768, 1408, 2048),
   decode('V3, one token', 128, 4096, 128, 1),
   decode('V3, two tokens', 128, 4096, 128, 2),
   decode('Lite, one token', 128, 4096, 16, 1),
