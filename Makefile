@@ -50,7 +50,7 @@ peers: .venv-peers/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-.venv-tpu/ready: requirements-tpu.txt
+.venv-tpu/ready: requirements.txt requirements-dev.txt requirements-tpu.txt
 	$(PYTHON) -m venv .venv-tpu
 	.venv-tpu/bin/pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
 	@touch $@

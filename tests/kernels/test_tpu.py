@@ -98,6 +98,35 @@ def test_any_lengths(lengths):
 
 
 @pytest.mark.usefixtures('simulated')
+@pytest.mark.long
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(t=st.integers(1, 100), s=st.integers(1, 100), v=st.integers(1, 40), causal=st.booleans(), packed=st.booleans())
+def test_attention_of_any_shape(t, s, v, causal, packed):
+  documents = (max(t, s) // 2, max(t, s) - max(t, s) // 2) if packed else None
+  case = testing.flash_attention_case(f'{t} {s} {v} {causal} {packed}', t, s, causal, documents, heads=1, v=v)
+  with mosaic_tpu.interpreter():
+    testing.check(flash_attention, 'tpu', case)
+
+
+@pytest.mark.long
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(m=st.integers(1, 60), k=st.integers(1, 50), n=st.integers(1, 50), cuts=st.lists(st.integers(0, 60), max_size=4))
+def test_matmul_of_any_shape(m, k, n, cuts):
+  sizes = tuple(np.diff([0, *sorted(min(cut, m) for cut in cuts), m]).tolist())
+  with mosaic_tpu.interpreter():
+    testing.check(grouped_matmul, 'tpu', testing.grouped_matmul_case(f'{m} {k} {n} {sizes}', sizes, m, k, n))
+
+
+@pytest.mark.long
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(0, 100), min_size=1, max_size=4), t=st.integers(1, 8), heads=st.integers(1, 20),
+       page=st.sampled_from([8, 16, 64, 128]))
+def test_decode_of_any_shape(lengths, t, heads, page):
+  case = testing.mla_decode_case(f'{lengths} {t} {heads} {page}', lengths, t, -(-100 // page), page, heads)
+  with mosaic_tpu.interpreter():
+    testing.check(mla_decode, 'tpu', case)
+
+
 def test_other_groups_and_the_tail_do_not_leak():
   # As for the other implementations in test_grouped_matmul.py, in tiles that hold several groups and the tail.
   rng = np.random.default_rng(1)
@@ -124,6 +153,7 @@ def test_two_cores_share_a_batch(monkeypatch, capsys):
   assert 'RACE DETECTED' not in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures('simulated')
 def test_gradients_of_more_queries_than_fit_at_once(monkeypatch):
   change_chip(monkeypatch, attention_queries=64)

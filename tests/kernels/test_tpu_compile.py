@@ -1,6 +1,7 @@
 """The TPU kernels compiled ahead of time for absent TPUs, at the models' sizes. Needs libtpu: `make aot-tpu`."""
 
 import importlib.util
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import tpu_compile as bench
+from mla_jax import axes
+from mla_jax.config import MeshConfig
+from mla_jax.model.attention import attend
+from mla_jax.model.moe import dispatch as experts_of_all_devices
 from pallas_kernels import flash_attention, grouped_matmul, mla_decode, mosaic_tpu
 
 pytestmark = [
@@ -108,3 +113,26 @@ def test_inside_shard_map(name):
     run = jax.jit(jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=True))
     assert 'tpu_custom_call' in run.lower(*operands).as_text()
     run.lower(*operands).compile()
+
+
+def test_the_model_uses_the_kernels_on_a_mesh(caplog):
+  """Attention and experts as a training step calls them, on four devices, gradients included."""
+  caplog.set_level(logging.INFO, 'pallas_kernels')
+  mesh = axes.make_mesh(MeshConfig(data=1, fsdp=2, expert=2), bench.topology('v5p').devices[:4])
+  rows, experts = P(axes.TABLE['B']), P('expert')
+  arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)) for shape, dtype, spec in (
+    ((8, 512, 4, 192), bench.BF16, rows), ((8, 512, 4, 128), bench.BF16, rows), ((8, 512), bench.I32, rows),
+    ((8, 512, 256), bench.BF16, rows), ((8, 512, 2), bench.I32, rows), ((8, 512, 2), bench.F32, rows),
+    ((8, 256, 2, 128), bench.BF16, experts), ((8, 128, 256), bench.BF16, experts))]
+
+  def loss(qk, v, x, weights, wi, wo, segments, ids):
+    return (attend(qk, qk, v, segments, segments, 0.1).astype(jnp.float32).sum()
+            + experts_of_all_devices(x, ids, weights, wi, wo).astype(jnp.float32).sum())
+
+  qk, v, segments, x, ids, weights, wi, wo = arrays
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(jax.grad(loss, range(6))).lower(qk, v, x, weights, wi, wo, segments, ids)
+    lowered.compile()
+  # Attention: forward and gradients; experts: two products, four gradients.
+  assert lowered.as_text().count('@tpu_custom_call') >= 2 + 6 - 1
+  assert ' xla on ' not in caplog.text
