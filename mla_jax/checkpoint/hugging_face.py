@@ -242,7 +242,9 @@ def _same(reader: Reader, name: str, of: str) -> bool:
   begin, end = rows.stop * process // count, rows.stop * (process + 1) // count
   step = max(COMPARED // max(reader.stored[of].nbytes // rows.stop, 1), 1)
   boxes = ((slice(at, min(at + step, end)), *others) for at in range(begin, end, step))
-  return all(np.array_equal(reader.read(name, box), reader.read(of, box)) for box in boxes)
+  if reader.stored[name].dtype != reader.stored[of].dtype:
+    return all(np.array_equal(reader.read(name, box), reader.read(of, box)) for box in boxes)
+  return all(np.array_equal(*(reader.read(n, box).view(np.uint8) for n in (name, of))) for box in boxes)
 
 
 def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
