@@ -52,18 +52,10 @@ def test_interpreted_matches_reference(case, monkeypatch):
 @NEEDS_JAX
 @pytest.mark.long
 def test_interpreter_finds_a_planted_race(monkeypatch):
-  def fetch_too_early(i, stages, free, ready, *copies):  # noqa: ARG001
-    for source, ring in copies:
-      plgpu.copy_gmem_to_smem(source, ring.at[mosaic_gpu.slot(i, stages)], ready.at[mosaic_gpu.slot(i, stages)])
-
-  plgpu = mosaic_gpu.plgpu
-  monkeypatch.setattr(mosaic_gpu, 'fetch', fetch_too_early)
-  x = jnp.ones((1, 600, 1, 64), jnp.bfloat16)
+  monkeypatch.setattr(mosaic_gpu.plgpu, 'commit_smem', lambda: None)  # results leave before they are written
+  x = jnp.ones((1, 75, 1, 64), jnp.bfloat16)
   with hopper_interpreter.interpreter(monkeypatch) as races_found:
-    try:
-      jax.block_until_ready(jax.jit(lambda x: gpu.forward(x, x, x, None, None, 0.1, False))(x))
-    except jax.errors.JaxRuntimeError:
-      return  # the interpreter may also see that a barrier was run over
+    jax.block_until_ready(jax.jit(lambda x: gpu.forward(x, x, x, None, None, 0.1, False))(x))
     assert races_found()
 
 
