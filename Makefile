@@ -1,5 +1,7 @@
 # PYTHON=/path/to/python3.12 make ... picks another interpreter.
 PYTHON ?= python3
+# Mosaic GPU needs jax 0.11.2, which needs Python 3.12.
+PYTHON_HOPPER ?= $(shell command -v python3.12 || echo "$$(pyenv prefix 3.12 2>/dev/null || pyenv prefix 3.12.1)/bin/python")
 WORKDIR ?= runs/demo
 BIN := .venv/bin
 # XLA's CPU runtime allocates its temporaries anew in every call. Huge pages, and memory that is kept rather than given
@@ -7,7 +9,7 @@ BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu \
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: demo test test-long lint bench peers clean
+.PHONY: demo test test-long aot-tpu aot-hopper lint bench peers clean
 
 demo: .venv/ready
 	@test -f $(WORKDIR)/finished || { $(CPU) $(BIN)/python train.py --config=configs/tiny.py --workdir=$(WORKDIR) \
@@ -19,8 +21,16 @@ demo: .venv/ready
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: .venv/ready-dev
+test-long: .venv/ready-dev .venv-peers/ready
 	$(BIN)/python -m pytest -m long
+
+# The TPU kernels compiled for TPUs that are not here: libtpu in an environment of its own.
+aot-tpu: .venv-tpu/ready
+	.venv-tpu/bin/python -m pytest -m long -rs tests/kernels/test_tpu_compile.py
+
+# The Hopper kernels likewise: jax's CUDA plugin, on Python 3.12 or newer.
+aot-hopper: .venv-hopper/ready
+	.venv-hopper/bin/python -m pytest -m long -rsP tests/kernels/test_hopper_compile.py
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
@@ -40,10 +50,21 @@ peers: .venv-peers/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+.venv-tpu/ready: requirements.txt requirements-dev.txt requirements-tpu.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
+	@touch $@
+
+.venv-hopper/ready: requirements.txt requirements-dev.txt requirements-hopper.txt
+	$(PYTHON_HOPPER) -m venv .venv-hopper
+	.venv-hopper/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt jax==0.11.2
+	.venv-hopper/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-hopper.txt
+	@touch $@
+
 .venv-peers/ready: requirements-peers.txt
 	python3 -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-peers
+	rm -rf .venv .venv-tpu .venv-hopper .venv-peers

@@ -1,39 +1,171 @@
-"""Compiles Hopper kernels to machine code where there is no GPU, and says what registers they need.
+"""Do the Hopper kernels compile, and do their registers suffice? No GPU is needed, only jax's CUDA plugin.
 
-Needs Python 3.12, jax 0.11.2 and, installed without their dependencies, jax-cuda13-plugin and jax-cuda13-pjrt of the
-same version. h200_target_config.txtpb was printed by an H200 (`get_topology_for_devices(...).target_config`).
+  make aot-hopper                                          # the environment, and the tests that run these cases
+  .venv-hopper/bin/python -m benchmarks.hopper_compile [--only=mla_decode]
+
+Each kernel is compiled to machine code for an absent H200, whose description `h200.txtpb` is (printed by one, through
+`xla_client.get_topology_for_devices`). A JSON line a kernel: registers a thread, bytes spilled to memory,
+whether the assembler makes products wait for each other, seconds.
 """
 
 import functools
+import json
 import os
 import pathlib
 import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
 
-os.environ.setdefault('MOSAIC_GPU_DUMP_PTXAS', '1')  # ptxas' report goes to standard output
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['MOSAIC_GPU_DUMP_PTXAS'] = '1'  # the assembler's report, on the process's output
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import flash_attention, grouped_matmul, mla_decode
+
+BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+
+
+@dataclass(frozen=True)
+class Case:
+  """function(*operands) holds one kernel; operands: (shape, dtype). spills: bytes allowed."""
+
+  name: str
+  function: object
+  operands: tuple
+  spills: int = 0
+
+  def __str__(self):
+    return self.name
+
+
+def decode(name, batch, keys, heads, tokens, page=64, value_width=512, spills=0):
+  width = value_width + 64
+  return Case(f'mla_decode, {name}',
+              functools.partial(mla_decode, scale=0.1, value_width=value_width, implementation='gpu'),
+              (((batch, tokens, heads, width), BF16), ((batch * keys // page + 1, page, width), BF16),
+               ((batch, keys // page), I32), ((batch,), I32)), spills)
+
+
+def grouped(name, groups, m, k, n, out=BF16):
+  """Forward, and the gradients' kernels."""
+  multiply = functools.partial(grouped_matmul, out_dtype=out, implementation='gpu')
+  operands = ((m, k), BF16), ((groups, k, n), BF16), ((groups,), I32)
+  gradients = lambda lhs, rhs, sizes, dy: jax.vjp(lambda *x: multiply(*x, sizes), lhs, rhs)[1](dy)
+  return (Case(f'grouped_matmul, {name}', multiply, operands),
+          Case(f'grouped_matmul, {name}, gradients', gradients, (*operands, ((m, n), out))))
+
+
+def grouped_fp8(name, groups, m, k, n):
+  """Weights stored with the contraction innermost."""
+  multiply = lambda lhs, rhs_GNK, *rest: grouped_matmul(lhs, rhs_GNK.swapaxes(1, 2), *rest, implementation='gpu')
+  return Case(f'grouped_matmul, {name}, FP8', multiply,
+              (((m, k), jnp.float8_e4m3fn), ((groups, n, k), jnp.float8_e4m3fn), ((groups,), I32),
+               ((m, k // 128), F32), ((groups, k // 128, -(-n // 128)), F32)))
+
+
+def attention(name, t, s, heads, widths=(192, 128), causal=True, segmented=False, spills=0):
+  """Forward and both kernels of the gradients."""
+  def loss(*operands):
+    ids = dict(zip(('q_segments', 'kv_segments'), operands[3:], strict=True)) if segmented else {}
+    o_BTNV, lse_BTN = flash_attention(*operands[:3], scale=0.1, causal=causal, return_lse=True, implementation='gpu',
+                                      **ids)
+    return o_BTNV.astype(F32).sum() + lse_BTN.sum()
+
+  ids = (((2, t), I32), ((2, s), I32)) if segmented else ()
+  return Case(f'flash_attention, {name}', jax.grad(loss, (0, 1, 2)),
+              (((2, t, heads, widths[0]), BF16), ((2, s, heads, widths[0]), BF16), ((2, s, heads, widths[1]), BF16),
+               *ids), spills)
+
+
+CASES = (
+  *grouped('V3 gate and up', 32, 32768, 7168, 4096),
+  *grouped('V3 down', 32, 8192, 2048, 7168),
+  *grouped('Lite gate', 64, 32768, 2048, 1408),
+  *grouped('float32 result, odd rows', 8, 1001, 192, 320, F32),
+  grouped_fp8('V3 gate and up', 32, 32768, 7168, 4096),
+  grouped_fp8('Lite down', 64, 32768, 1408, 2048),
+  # The gradients of keys and values; outside of their main loop, in that over blocks with hidden scores.
+  attention('V3', 4096, 4096, 128, spills=412),
+  attention('Lite, packed documents', 4096, 4096, 16, segmented=True, spills=496),
+  attention('chunked prefill, odd lengths', 1000, 4093, 16, spills=412),
+  attention('equal widths', 2048, 2048, 32, (128, 128)),
+  attention('narrow, all keys', 77, 300, 4, (64, 64), causal=False),
+  decode('V3, one token', 128, 4096, 128, 1),
+  decode('V3, two tokens', 128, 4096, 128, 2),
+  decode('Lite, one token', 128, 4096, 16, 1),
+  decode('64 heads, three tokens', 2, 8192, 64, 3),
+  decode('narrow latent, odd heads', 3, 256, 5, 2, value_width=256),
+  decode('pages of 128', 4, 1024, 16, 8, page=128),
+  # The loading warpgroup's addresses do not all fit; it waits for memory anyway.
+  decode('pages of 32', 4, 1024, 128, 1, page=32, spills=64),
+  decode('pages of 16', 4, 1024, 128, 2, page=16, spills=64),
+)
 
 
 @functools.cache
-def mesh() -> Mesh:
-  """One H200 that is not there."""
-  config = pathlib.Path(__file__).with_name('h200_target_config.txtpb').read_text()
-  topology = topologies.get_topology_desc(platform='cuda', topology_name='h200', target_config=config, topology='1x1x1')
-  return Mesh(np.array(topology.devices), ('x',), axis_types=(AxisType.Auto,))
+def _sharding():
+  description = pathlib.Path(__file__).with_name('h200.txtpb').read_text()
+  topology = topologies.get_topology_desc(platform='cuda', topology_name='h200', target_config=description,
+                                          topology='1x1x1')
+  return NamedSharding(Mesh(np.array(topology.devices), ('device',)), PartitionSpec())
 
 
-def compile_for_hopper(function, *operands):
-  """The compiled program of function(*operands), operands being (shape, dtype) pairs."""
-  sharding = NamedSharding(mesh(), PartitionSpec())
-  specs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in operands]
-  with jax.set_mesh(mesh()):
-    return jax.jit(function).lower(*specs).compile()
+def compile_case(case: Case) -> dict:
+  """Compiles for an H200; returns what the assembler reported of the largest kernel.
+
+  Raises RuntimeError if no report came: jax's CUDA plugin prints it, and a cached program does not.
+  """
+  operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding()) for shape, dtype in case.operands]
+  start = time.perf_counter()
+  with _output() as report:
+    jax.jit(case.function).lower(*operands).compile()
+  text = report()
+  spills = [int(stores) + int(loads) for stores, loads in
+            re.findall(r'(\d+) bytes spill stores, (\d+) bytes spill loads', text)]
+  registers = [int(n) for n in re.findall(r'Used (\d+) registers', text)]
+  if not registers:
+    raise RuntimeError(f'{case}: the assembler reported nothing; it said {text[-300:]!r}')
+  return dict(case=case.name, registers=max(registers), spill_bytes=max(spills), serialised='are serialized' in text,
+              seconds=time.perf_counter() - start)
 
 
-def spills(report: str) -> dict[str, int]:
-  """Bytes that each kernel stores to local memory for want of registers, from ptxas' report."""
-  found = re.findall(r'Function properties for (\w+?)(?:_mosaic_gpu_kernel)?\n.*?(\d+) bytes spill stores', report)
-  return {name: int(stored) for name, stored in found}
+class _output:
+  """What this process, C++ included, prints to its two streams while the context is open."""
+
+  def __enter__(self):
+    sys.stdout.flush(), sys.stderr.flush()
+    self._file = tempfile.TemporaryFile()
+    self._saved = [(fd, os.dup(fd)) for fd in (1, 2)]
+    for fd, _ in self._saved:
+      os.dup2(self._file.fileno(), fd)
+    return self._read
+
+  def __exit__(self, *_):
+    for fd, saved in self._saved:
+      os.dup2(saved, fd)
+      os.close(saved)
+    self._file.seek(0)
+    self._text = self._file.read().decode(errors='replace')
+    self._file.close()
+
+  def _read(self) -> str:
+    return self._text
+
+
+def main(_):
+  for case in CASES:
+    if ONLY.value in case.name:
+      print(json.dumps(dict(jax=jax.__version__, **compile_case(case))), flush=True)
+
+
+if __name__ == '__main__':
+  ONLY = flags.DEFINE_string('only', '', 'Cases whose name holds this')
+  app.run(main)

@@ -76,6 +76,19 @@ def shard(x, letters: str):
   return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(letters, x.shape, mesh))
 
 
+def per_device(function, operands, letters, out):
+  """function(*operands), where each device computes its part: kernels are not divided by the compiler.
+
+  letters: of each operand. out: letters and shape of the result. Without a mesh this is the plain call.
+  """
+  mesh = current_mesh()
+  if mesh is None:
+    return function(*operands)
+  specs = tuple(PartitionSpec() if x is None else spec(named, x.shape, mesh)
+                for named, x in zip(letters, operands, strict=True))
+  return jax.shard_map(function, in_specs=specs, out_specs=spec(*out, mesh), check_vma=True)(*operands)
+
+
 def gather(w, letters: str):
   """A weight as the computation wants it: whole along fsdp, split along expert. Saying so, one layer at a time, is
   what makes the compiler move weights and leave activations where they are; the gradient goes back the same way."""

@@ -77,6 +77,9 @@ class ModelConfig:
   v_head_dim: int = 32
   num_key_value_heads: int = 0  # gqa only
   head_dim: int = 0  # gqa, mqa, mha: width of queries, keys and values; 0 = v_head_dim
+  attention_bias: bool = False  # on queries, keys and values (mla: on the latent and the shared key)
+  latent_norm: bool = True  # mla: RMSNorm on the key-value latent; without it grouped-query attention is a special case
+  rope_repeats: int = 1  # mla: the rope width holds each frequency this often
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
 
@@ -148,6 +151,12 @@ class ModelConfig:
       _at_least(self, 'model', kv_lora_rank=1, qk_nope_head_dim=1, qk_rope_head_dim=2)
       _require(self.qk_rope_head_dim % 2 == 0,
                f'model.qk_rope_head_dim={self.qk_rope_head_dim} is odd, but RoPE turns pairs; use an even width')
+      _at_least(self, 'model', rope_repeats=1)
+      _require(self.qk_rope_head_dim % (2 * self.rope_repeats) == 0,
+               f'model.qk_rope_head_dim={self.qk_rope_head_dim} is not divisible by 2 * rope_repeats='
+               f'{2 * self.rope_repeats}; use a multiple of it')
+      _require(not (self.attention_bias and self.q_lora_rank),
+               f'model.attention_bias=True with q_lora_rank={self.q_lora_rank} is not supported; use q_lora_rank=0')
     else:
       _require(self.qk_head_dim % 2 == 0,
                f'model.head_dim={self.qk_head_dim} is odd, but RoPE turns pairs; use an even width')

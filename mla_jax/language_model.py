@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class LanguageModel:
   def __init__(self, config: ModelConfig, params, buffers, tokenizer: Tokenizer | None = None, dtype=None):
     """`dtype` None: that of the embedding in `params`."""
     self.config, self.tokenizer = config, tokenizer
+    self.tokenizer_folder: Path | None = None  # where the tokenizer came from, with all its files
     self.decoder = Decoder(config, params, buffers, params['embedding_WD'].dtype if dtype is None else dtype)
     self._logits = jax.jit(self._compute_logits)
     self._mtp_logits = jax.jit(self._compute_mtp_logits)
@@ -64,10 +66,13 @@ class LanguageModel:
       config, params, buffers = store.read_run(path)
       config, tokenizer = config.model, path / 'tokenizer'
     else:
-      config, params, buffers = hugging_face.load(path, dtype)
+      config, params, buffers = hugging_face.load(
+          path, dtype, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
       tokenizer = path
     found = (tokenizer / 'tokenizer.json').is_file()
-    return cls(config, params, buffers, load_tokenizer(tokenizer) if found else None, dtype)
+    lm = cls(config, params, buffers, load_tokenizer(tokenizer) if found else None, dtype)
+    lm.tokenizer_folder = tokenizer if found else None
+    return lm
 
   def generate(self, prompts, *, stop: str | Sequence[str] = (), **options) -> Completions:
     """Continues prompts: a text, a list of token ids, or a list of these. Texts get the tokenizer's beginning-of-text
@@ -103,8 +108,15 @@ class LanguageModel:
       raise ConfigError('the model has no MTP modules (num_nextn_predict_layers=0); use logits')
     return self._run(self._mtp_logits, tokens_BT)
 
-  def save_hf(self, path: str | Path):
-    raise ConfigError(f'{path} was not written: saving in Hugging Face layout is not supported yet')
+  def save_hf(self, path: str | Path, dtype=None, fp8: str | None = None):
+    """Writes a Hugging Face directory, MTP layers and tokenizer included, that transformers and vLLM read too.
+    `dtype` None: weights as they are held here, which is exact. `fp8`: 'float32' or 'ue8m0', the format of the scales;
+    the matrices that DeepSeek publishes in FP8 become so. Raises ConfigError, one line."""
+    with tempfile.TemporaryDirectory() as folder:
+      if self.tokenizer_folder is None and self.tokenizer is not None:
+        self.tokenizer.save(folder)
+      hugging_face.save(path, self.config, self.decoder.params, self.decoder.buffers, dtype=dtype, fp8=fp8,
+                        tokenizer=self.tokenizer_folder or folder)
 
   def _run(self, function, tokens_BT):
     tokens_BT = self.decoder.check_tokens('tokens', tokens_BT)

@@ -24,7 +24,7 @@ class Implementation:
   platforms: those it serves ('cpu', 'gpu', 'tpu'); None = all.
   unavailable: called at each choice, returns None, or in one clause why it cannot run now (jax too old, wrong chip).
   interpreted: whether its kernels are being interpreted now, on the CPU; it then serves 'cpu' too.
-  unsuitable: called with the op's operands, returns None, or in one clause what about them it does not serve.
+  unsuitable: called with what the op gives `choose`, returns None, or in one clause what about them it does not serve.
   """
 
   name: str
@@ -40,11 +40,11 @@ class Implementation:
       return f'it serves {", ".join(self.platforms)} and this program is for {target}'
     return self.unavailable() if self.unavailable else None
 
-  def reason_against(self, target: str, *operands) -> str | None:
+  def reason_against(self, target: str, *operands, **facts) -> str | None:
     """Why it cannot compute the op on these operands there, or None."""
     reason = self.reason_unavailable(target)
     if reason is None and self.unsuitable:
-      reason = self.unsuitable(*operands)
+      reason = self.unsuitable(*operands, **facts)
     return reason
 
 
@@ -69,6 +69,17 @@ def device(*operands):
   return jax.local_devices(backend=default)[0] if default is None or isinstance(default, str) else default
 
 
+def divided(*operands) -> str | None:
+  """Why a kernel cannot run on operands that the compiler would have to divide over a mesh, or None where it need not."""
+  meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in operands if x is not None)]
+  for mesh in meshes:
+    axes = [f'{name}={size}' for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+            if size > 1 and kind != jax.sharding.AxisType.Manual]
+    if axes:
+      return f'the compiler cannot divide it over the mesh ({", ".join(axes)}): call the op inside jax.shard_map'
+  return None
+
+
 class Registry:
   """The implementations of one op, best first."""
 
@@ -88,13 +99,15 @@ class Registry:
     reasons = {i.name: i.reason_unavailable(target) for i in self.all}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
-  def choose(self, name: str | None, *operands):
-    """The kernels of the implementation `name`, or of the best one for the platform when it is None.
+  def choose(self, name: str | None, *operands, **facts):
+    """The kernels of the implementation `name`, or of the best one for the platform and operands when it is None.
+
+    operands: arrays; facts: what else decides whether an implementation serves the call.
 
     Raises ValueError for a name nobody knows, NotImplementedError for one that this op lacks or that cannot run here.
     """
     target = platform(*operands)
-    reasons = {i.name: i.reason_against(target, *operands) for i in self.all}
+    reasons = {i.name: i.reason_against(target, *operands, **facts) for i in self.all}
     usable = [name for name, reason in reasons.items() if reason is None]
     if name is None:
       chosen = next(i for i in self.all if i.name in usable)

@@ -1,5 +1,7 @@
 """What the Hopper kernels share: when they can run, how work is spread over the chip, and tricks of the trade."""
 
+import contextlib
+import contextvars
 import functools
 import heapq
 
@@ -15,6 +17,7 @@ TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of 16-b
 MATRIX = plgpu.Layout.WGMMA  # of a 64-row matrix in the registers of a warpgroup
 ROW = plgpu.Layout.WGMMA.reduce(1)  # of one number a row of it
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # of one number a column of it
+_interpreting = contextvars.ContextVar('interpreting', default=False)
 
 
 def unavailable() -> str | None:
@@ -27,8 +30,29 @@ def unavailable() -> str | None:
 
 def multiprocessors(*operands) -> int:
   """Streaming multiprocessors of the GPU that the program being traced is for; an H200's 132 where it does not say."""
+  if interpreted():
+    return 4
   device = dispatch.device(*operands)
   return getattr(device, 'core_count', None) or getattr(device, 'num_cores', None) or 132
+
+
+@contextlib.contextmanager
+def interpreter(**options):
+  """Inside it programs traced for the CPU may use the Hopper kernels, which run in Pallas' simulation of a GPU.
+
+  options: of `plgpu.InterpretGPUParams`; by default races are looked for.
+  """
+  token = _interpreting.set(True)
+  try:
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**{'detect_races': True, **options})):
+      yield
+  finally:
+    _interpreting.reset(token)
+
+
+def interpreted() -> bool:
+  """Whether `interpreter` is in force."""
+  return _interpreting.get()
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,6 +102,28 @@ def opaque_zero():
     return mgpu.FragmentedArray.splat(register, (), is_signed=True)
 
   return opaque()
+
+
+def any_in_warp(x_M):
+  """Whether any of the rows held by this warp is positive; x_M is float32 in the layout `ROW`. The answer is one in a
+  warp and not in a warpgroup, so only register arithmetic may depend on it."""
+  from jax.experimental.mosaic import gpu as mgpu
+  from jaxlib.mlir import ir
+  from jaxlib.mlir.dialects import arith, llvm, vector
+
+  @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+  def vote(_, x):
+    zero = arith.constant(ir.F32Type.get(), 0.0)
+    rows = [vector.extract(r, [], [0]) for r in x.registers.flat]
+    mine = functools.reduce(arith.ori, [arith.cmpf(arith.CmpFPredicate.OGT, r, zero) for r in rows])
+    i32 = ir.IntegerType.get_signless(32)
+    register = llvm.inline_asm(
+      i32, [arith.extui(i32, mine)],
+      '{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }', '=r,r',
+      has_side_effects=True)
+    return mgpu.FragmentedArray.splat(register, (), is_signed=True)
+
+  return vote(x_M) > 0
 
 
 def slot(i, stages):
@@ -149,6 +195,18 @@ def multiply_add(total, a, b):
     return acc[...]
 
   return pl.run_scoped(product, accumulator(*total.shape))
+
+
+def copy_where(condition, source, target):
+  """Starts the copy of source in shared memory to GMEM, uncommitted, if condition.
+
+  A predicate rather than a branch: with dozens of branches around large arrays in registers LLVM does not finish. Pallas'
+  interpreter knows branches only.
+  """
+  if interpreted():
+    pl.when(condition)(lambda: plgpu.copy_smem_to_gmem(source, target, commit_group=False))
+  else:
+    plgpu.copy_smem_to_gmem(source, target, condition, commit_group=False)
 
 
 def store_tile(x, staging, destination):

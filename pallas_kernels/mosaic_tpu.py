@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 
 from pallas_kernels import dispatch
 
@@ -17,12 +18,12 @@ _interpreting = contextvars.ContextVar('interpreting', default=False)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What kernels' tiles depend on; a block's matrix products should outlast the fixed cost of a grid step, about 0.35 us.
+  """What kernels' tiles depend on; a block's products should outlast the fixed cost of a grid step, about 0.35 us.
 
   vmem: bytes of vector memory a core has. cores: TensorCores that one device drives (two on v4 and v5p).
   attention_block: queries, and keys, of a block. attention_queries: most queries whose gradient one call makes.
   matmul_unit: width of the matrix unit. matmul_rows, matmul_columns: most of a grouped matmul's tile.
-  decode_keys: cached keys a step.
+  multiplies_fp8: whether the matrix unit takes e4m3 as it is. decode_keys: cached keys a step.
   """
 
   vmem: int
@@ -32,6 +33,7 @@ class Chip:
   matmul_unit: int = 128
   matmul_rows: int = 512
   matmul_columns: int = 2048
+  multiplies_fp8: bool = False
   decode_keys: int = 512
 
 
@@ -42,9 +44,9 @@ CHIPS = {
   'TPU v5 lite': _V5E, 'TPU v5e': _V5E,
   'TPU v5': _V5P, 'TPU v5p': _V5P,
   'TPU v6 lite': _V6E, 'TPU v6e': _V6E,
-  'TPU7x': Chip(64 * MIB, attention_block=1024, matmul_unit=256, decode_keys=1024),
+  'TPU7x': Chip(64 * MIB, attention_block=1024, matmul_unit=256, multiplies_fp8=True, decode_keys=1024),
   # Interpreted: blocks so small that small arrays have several.
-  'cpu': Chip(16 * MIB, attention_block=32, attention_queries=64, matmul_rows=16, matmul_columns=16, decode_keys=64),
+  'cpu': Chip(16 * MIB, attention_block=32, matmul_rows=16, matmul_columns=16, decode_keys=64),
 }
 OTHER = Chip(16 * MIB, attention_block=256, matmul_rows=256)  # TPU v4 and older
 
@@ -52,8 +54,8 @@ OTHER = Chip(16 * MIB, attention_block=256, matmul_rows=256)  # TPU v4 and older
 def chip(*operands) -> Chip:
   """The chip that the program being traced is for."""
   device = dispatch.device(*operands)
-  cores = getattr(device, 'num_cores', None) or 1
-  return dataclasses.replace(CHIPS.get(device.device_kind, OTHER), cores=cores)
+  found = CHIPS.get(device.device_kind, OTHER)
+  return dataclasses.replace(found, cores=getattr(device, 'num_cores', None) or found.cores)
 
 
 @contextlib.contextmanager
@@ -76,14 +78,21 @@ def interpreted() -> bool:
   return _interpreting.get()
 
 
+def unsuitable(*operands, **_) -> str | None:
+  """For `dispatch.Implementation`: these kernels compute what one device holds."""
+  return dispatch.divided(*operands)
+
+
 def call(kernel, operands, *, out_shape, grid, in_specs, out_specs, scratch_shapes, dimensions, prefetched=0, name):
   """`pl.pallas_call` of operands, the first `prefetched` of them scalars that index maps see too.
 
   dimensions: 'parallel' or 'arbitrary' for each axis of the grid; cores share the parallel ones.
   out_shape: (shape, dtype) pairs; outputs vary over the manual mesh axes that the operands vary over.
   """
-  varying = dispatch.varying_axes(*operands)
-  out_shape = [vary_type(shape, dtype, varying) for shape, dtype in out_shape]
+  axes = dispatch.varying_axes(*operands)
+  operands = [dispatch.vary(x, axes) for x in operands]
+  kind = jax.typeof(operands[0]).manual_axis_type
+  out_shape = [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in out_shape]
   params = pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=vmem_limit(chip(*operands)))
   grid_spec = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=prefetched, grid=grid, in_specs=in_specs,
                                            out_specs=out_specs, scratch_shapes=scratch_shapes)
@@ -95,20 +104,13 @@ def vmem_limit(chip: Chip) -> int:
   return chip.vmem * 3 // 4
 
 
-def vary_type(shape, dtype, axes):
-  manual = jax.typeof(jnp.zeros(())).manual_axis_type
-  if not axes:
-    return jax.ShapeDtypeStruct(shape, dtype)
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(manual)(varying=axes))
-
-
 def dot(a, b, contract=(1, 0)):
   """float32 product of two matrices over axis contract[0] of a and contract[1] of b."""
   return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def row_of_column(x_M1):
-  """[M, 1] -> [1, M] float32, by selection on the diagonal: exact for infinities too, and no relayout of padded tiles."""
+  """[M, 1] -> [1, M] float32, by selection on the diagonal: exact, infinities included."""
   m = x_M1.shape[0]
   parts = []
   for start in range(0, m, 128):

@@ -147,7 +147,9 @@ CASES = {
     grouped_matmul_case('no rows at all', (0, 0, 0, 0, 0)),
     grouped_matmul_case('bfloat16', (5, 0, 17, 1, 20), dtype='bfloat16'),
     grouped_matmul_case('fewer rows than groups', (0, 1, 0, 0, 1, 0, 0), m=3),
+    grouped_matmul_case('bfloat16, tiles of a GPU', (70, 0, 98, 9), m=197, k=64, n=192, dtype='bfloat16'),
     grouped_matmul_fp8_case('FP8 with cut blocks', (3, 0, 7), m=12, k=160, n=136),
+    grouped_matmul_fp8_case('FP8, tiles of a GPU', (70, 0, 98, 9), m=197, k=256, n=192),
   ),
   'flash_attention': (
     flash_attention_case('causal'),

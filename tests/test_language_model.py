@@ -131,13 +131,24 @@ def test_a_hugging_face_directory_without_a_tokenizer_takes_ids():
       call()
 
 
+def test_saved_in_hugging_face_layout_it_is_the_same_model(lm, out, tmp_path):
+  lm.save_hf(tmp_path / 'hf')
+  again = mla_jax.LanguageModel.load(tmp_path / 'hf')
+  assert again.tokenizer.name == 'byte'
+  assert [o.tokens for o in again.generate(PROMPTS, max_new_tokens=COUNT)] == [o.tokens for o in out]
+  np.testing.assert_array_equal(again.logits([[1, 2, 3]]), lm.logits([[1, 2, 3]]))
+  again.save_hf(tmp_path / 'copy')  # tokenizer files come from the directory it was loaded from
+  for file in ('model.safetensors', 'config.json', 'tokenizer.json', 'tokenizer_config.json'):
+    assert (tmp_path / 'copy' / file).read_bytes() == (tmp_path / 'hf' / file).read_bytes()
+
+
 def test_what_cannot_be_loaded_or_done_is_one_clear_line(lm, tmp_path):
   with pytest.raises(ConfigError, match=r'holds no readable config\.json'):
     mla_jax.LanguageModel.load(tmp_path / 'nowhere')
   (tmp_path / 'config.json').write_text(json.dumps(to_dict(Config(model=lm.config))))
   with pytest.raises(ConfigError, match='holds no checkpoint'):
     mla_jax.LanguageModel.load(tmp_path)
-  with pytest.raises(ConfigError, match='not supported yet'):
+  with pytest.raises(ConfigError, match='exists and is not empty'):
     lm.save_hf(tmp_path)
   with pytest.raises(ConfigError, match='prompt 1 is empty'):
     lm.generate(['a', ''])

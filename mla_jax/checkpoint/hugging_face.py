@@ -1,377 +1,398 @@
-"""DeepSeek-V2 and -V3 directories in Hugging Face's layout: config.json and *.safetensors to our config and weights.
+"""DeepSeek-V2 and -V3 directories in Hugging Face's layout, in and out: config.json and *.safetensors.
 
-`TOP`, `LAYER`, `MODULE` and `BIAS` are one table: which published tensor lies where in our tree. `views` pairs a
-published tensor with its place in ours; assigned one way it loads, assigned the other way it would export.
+  python -m mla_jax.checkpoint.hugging_face export WORKDIR DIR [--dtype=bfloat16] [--fp8=float32|ue8m0]
+  python -m mla_jax.checkpoint.hugging_face config DIR FILE.py     a config for train.py --init_from=DIR
+
+`load` streams: a tensor, or the part of it that this process's devices hold, is read, taken out of FP8, laid out our
+way and handed to its devices, then the next. `save` is the same backwards. Nothing is unpickled and no code of a
+directory runs: JSON and safetensors are all that is read.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Iterator
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
+import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import tqdm
+from absl import app, flags
+from absl import logging as absl_logging
 
-from mla_jax.axes import is_variable
-from mla_jax.config import ConfigError, ModelConfig, RopeScaling
+from mla_jax import axes
+from mla_jax.checkpoint import block_fp8, published, store, tensor_files
+from mla_jax.checkpoint.placement import Target, fetch
+from mla_jax.checkpoint.published import BIAS, SCALE, Place
+from mla_jax.checkpoint.published_config import config_from_hf, config_to_hf, fp8_block
+from mla_jax.checkpoint.tensor_files import DTYPES, Entry, HFError, Reader, Stored, read_json, whole
+from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.model.layers import FLOAT32_WEIGHTS
+from mla_jax.model.rope import inverse_frequencies
 from mla_jax.model.transformer import abstract
 
 log = logging.getLogger(__name__)
 
-STORED = {'BF16': ml_dtypes.bfloat16, 'F16': np.float16, 'F32': np.float32}
+PLAIN = ('BF16', 'F16', 'F32')  # what weights are stored in beside FP8
+SCALES = ('F32', 'F8_E8M0')
+AHEAD = 4  # tensors that threads read while the one before them is placed
+COMPARED = 64 << 20  # bytes of a repeated tensor compared at a time
+FILE_BYTES = 5 * 10**9
+FREQUENCIES = '.self_attn.rotary_emb.inv_freq'  # in some Llama files: what follows from config.json
+# What a directory holds beside config.json and weights that a tokenizer or a server wants. No code.
+CARRIED = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'special_tokens_map.json', 'added_tokens.json',
+           'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json', 'generation_config.json')
+
+CONFIG_FILE = '''"""The model of {directory}, to go on training it.
+
+Command:  python train.py --config={file} --init_from={directory} --workdir=runs/mine [--config.data.source=... ...]
+"""
+
+from mla_jax.config import Config, DataConfig, ModelConfig, RopeScaling
 
 
-class HFError(ConfigError):
-  """A Hugging Face directory that can't be read as a model; its message is one line that says why."""
+def get_config() -> Config:
+  return Config(
+      data=DataConfig(tokenizer={tokenizer!r}),
+      model=ModelConfig(
+          {fields}))
+'''
 
 
-class Row(NamedTuple):
-  """One published tensor, or a part of one, and where it lies in our tree.
-
-  axes: its axes in the file; letters written together are one dimension there (linear weights are [out, in]).
-  ours: the path of our array, whose name ends in its letters. Those it has beyond `axes`: an expert, gate or up.
-  gate_up: our index on the axis '2'.
-  stacked: a dimension of the file that holds several of our arrays, one after the other.
-  """
-
-  published: str
-  axes: str
-  ours: str
-  gate_up: int = 0
-  stacked: str = ''
-
-
-TOP = (
-    Row('model.embed_tokens.weight', 'W D', 'embedding_WD'),
-    Row('model.norm.weight', 'D', 'norm_D'),
-    Row('lm_head.weight', 'W D', 'head_WD'),
-)
-# Below model.layers.<i>. A row counts where our tree has its array.
-LAYER = (
-    Row('input_layernorm.weight', 'D', 'norm_attention_D'),
-    Row('self_attn.q_proj.weight', 'NH D', 'attention/wq_DNH'),
-    Row('self_attn.q_a_proj.weight', 'Q D', 'attention/wdq_DQ'),
-    Row('self_attn.q_a_layernorm.weight', 'Q', 'attention/norm_q_Q'),
-    Row('self_attn.q_b_proj.weight', 'NH Q', 'attention/wuq_QNH'),
-    Row('self_attn.kv_a_proj_with_mqa.weight', 'J D', 'attention/wdkv_DJ'),
-    Row('self_attn.kv_a_layernorm.weight', 'C', 'attention/norm_kv_C'),
-    Row('self_attn.kv_b_proj.weight', 'NK C', 'attention/wuk_CNK', stacked='KV'),
-    Row('self_attn.kv_b_proj.weight', 'NV C', 'attention/wuv_CNV', stacked='KV'),
-    Row('self_attn.o_proj.weight', 'D NV', 'attention/wo_NVD'),
-    Row('post_attention_layernorm.weight', 'D', 'norm_ffn_D'),
-    Row('mlp.gate_proj.weight', 'F D', 'ffn/wi_D2F', gate_up=0),
-    Row('mlp.up_proj.weight', 'F D', 'ffn/wi_D2F', gate_up=1),
-    Row('mlp.down_proj.weight', 'D F', 'ffn/wo_FD'),
-    Row('mlp.gate.weight', 'E D', 'ffn/router_DE'),
-    Row('mlp.experts.{expert}.gate_proj.weight', 'F D', 'ffn/wi_ED2F', gate_up=0),
-    Row('mlp.experts.{expert}.up_proj.weight', 'F D', 'ffn/wi_ED2F', gate_up=1),
-    Row('mlp.experts.{expert}.down_proj.weight', 'D F', 'ffn/wo_EFD'),
-    Row('mlp.shared_experts.gate_proj.weight', 'F D', 'ffn/shared/wi_D2F', gate_up=0),
-    Row('mlp.shared_experts.up_proj.weight', 'F D', 'ffn/shared/wi_D2F', gate_up=1),
-    Row('mlp.shared_experts.down_proj.weight', 'D F', 'ffn/shared/wo_FD'),
-)
-BIAS = Row('mlp.gate.e_score_correction_bias', 'E', 'bias_LE')
-# MTP modules are the layers after the last; they have these beside a layer's own.
-MODULE = (
-    Row('enorm.weight', 'D', 'norm_embedding_D'),
-    Row('hnorm.weight', 'D', 'norm_hidden_D'),
-    Row('eh_proj.weight', 'D Z', 'wjoin_ZD'),
-    Row('shared_head.norm.weight', 'D', 'norm_D'),
-)
-# What an MTP layer may repeat of the main model.
-REPEATED = {'embed_tokens.weight': 'model.embed_tokens.weight', 'shared_head.head.weight': 'lm_head.weight'}
-
-# config.json. Read as they are; those of the second line only where there are experts.
-REQUIRED = ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'max_position_embeddings',
-            'intermediate_size', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')
-REQUIRED_OF_EXPERTS = ('num_experts_per_tok', 'moe_intermediate_size', 'first_k_dense_replace')
-# Absent or null in some files; what the field then means.
-OPTIONAL = {'q_lora_rank': 0, 'n_routed_experts': 0, 'n_shared_experts': 0, 'n_group': 1, 'topk_group': 1,
-            'routed_scaling_factor': 1.0, 'num_nextn_predict_layers': 0, 'tie_word_embeddings': False,
-            'rms_norm_eps': 1e-6, 'initializer_range': 0.02, 'aux_loss_alpha': ModelConfig.aux_loss_alpha}
-ROUTERS = {'deepseek_v2': {'topk_method': 'greedy', 'scoring_func': 'softmax', 'norm_topk_prob': False},
-           'deepseek_v3': {'topk_method': 'noaux_tc', 'scoring_func': 'sigmoid', 'norm_topk_prob': True}}
-# Variants that the model does not have.
-ONLY = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'moe_layer_freq': 1, 'rope_interleave': True}
-
-
-class Place(NamedTuple):
-  """Where one row lies for one layer and expert: the path of our stacked array, and the index into it."""
+class Job(NamedTuple):
+  """A tensor to read: the region that this process needs, and what it becomes."""
 
   name: str
-  row: Row
-  path: tuple[str, ...]
-  index: tuple
+  box: tuple[slice, ...]
+  scale_box: tuple[slice, ...] | None  # FP8: the scales that region needs
+  uses: list[tuple[Place, published.Part, np.dtype, object]]  # ..., dtype, shard
+  nbytes: int
 
 
-class Stored(NamedTuple):
-  """A tensor in a file."""
+def load(directory, dtype=None, *, place=None, on_host: bool | None = None) -> tuple[ModelConfig, dict, dict]:
+  """(config, params, buffers) of a directory, in the structure of `transformer.split`.
 
-  file: Path
-  dtype: str
-  shape: tuple[int, ...]
-
-
-def load(directory, dtype=None) -> tuple[ModelConfig, dict, dict]:
-  """(config, params, buffers) of a Hugging Face directory: NumPy arrays in the structure of `transformer.split`.
-
-  dtype: of the weights; None = as stored. Where one is given, norms and routers become float32; the routers' selection
-  bias is float32 always. Tensors are read one at a time, so that nothing is held twice.
+  dtype: of the weights; None = as stored, FP8 becoming bfloat16. Where one is given, norms and routers become float32;
+  the routers' selection bias is float32 always.
+  place: None for NumPy arrays; a Sharding for all of them; or a Mesh, over which they lie as `axes.TABLE` says. A
+  process reads the bytes that its own devices need. on_host: see `placement.Target`.
 
   Raises HFError (ConfigError for values that no model can have), one line, where the directory lacks a file, a file is
-  damaged, the model is of another kind or quantized, or a tensor is missing, extra or of another shape.
-  """
+  damaged, the model is of another kind, or a tensor is missing, extra, of another shape or of no readable dtype."""
   directory = Path(directory)
-  values = _read_json(directory / 'config.json')
+  values = read_json(directory / 'config.json')
   config = config_from_hf(values)
-  if values.get('quantization_config'):
-    raise HFError(f'{directory} holds quantized weights (quantization_config in config.json); only bfloat16, float16 '
-                  'and float32 can be read: convert them first')
-  stored = _headers(directory)
-  modules = [f'model.layers.{config.num_hidden_layers + d}.' for d in range(config.num_nextn_predict_layers)]
-  if modules and not any(name.startswith(tuple(modules)) for name in stored):
-    log.warning('%s: config.json says num_nextn_predict_layers=%d, but the files hold no MTP layer (transformers '
-                 'drops them on saving): loaded without multi-token prediction', directory, len(modules))
-    config, modules = dataclasses.replace(config, num_nextn_predict_layers=0), []
-
+  stored = tensor_files.scan(directory)
+  config = _without_dropped_mtp(directory, config, stored)
+  least = config.num_hidden_layers + config.num_moe_layers * config.n_routed_experts
+  if least > len(stored):  # before so many are listed
+    raise HFError(f'{directory}: its tensors are not those of its config.json: {len(stored)} for '
+                  f'{config.num_hidden_layers} layers with {config.n_routed_experts} experts')
   _, params, buffers = abstract(config)
-  shapes = dict(leaves(params)) | dict(leaves(buffers))
-  wanted = defaultdict(list)
-  for place in places(config, shapes):
-    wanted[place.name].append(place)
-  head = {'lm_head.weight': 'model.embed_tokens.weight'} if config.tie_word_embeddings else {}
-  repeats = head | {module + name: head.get(of, of) for module in modules for name, of in REPEATED.items()}
-  _check(directory, stored, wanted, repeats, shapes, config)
+  variables = dict(published.leaves(params)) | dict(published.leaves(buffers))
+  shapes = {path: variable.shape for path, variable in variables.items()}
+  repeats = published.repeats(config)
+  block = check(directory, values, stored, published.tensors(config, shapes), repeats)
 
-  arrays = _allocate(shapes, wanted, stored, dtype)
-  for name, tensor in _read(stored, wanted):
-    for place in wanted[name]:
-      for theirs, ours in views(tensor, arrays[place.path][place.index], place.row, config):
-        ours[...] = theirs
-  for name, of in repeats.items():
-    if name in stored and not np.array_equal(*(tensor for n in (name, of) for _, tensor in _read(stored, [n]))):
-      raise HFError(f'{directory}: {name} differs from {of}, which the model shares; it would be lost')
+  places = published.places(config, shapes)
+  targets = {path: Target(variable.shape, kind, _sharding(variable, place), on_host)
+             for (path, variable), kind in zip(variables.items(), _kinds(shapes, places, stored, dtype), strict=True)}
+  jobs = _jobs(config, places, targets, stored, block)
+  with Reader(stored) as reader, _progress(sum(job.nbytes for job in jobs), 'loading') as done:
+    for job, pieces in _ahead(lambda job: _pieces(reader, job, config, block), jobs):
+      for (_, part, _, shard), piece in zip(job.uses, pieces, strict=True):
+        shard.put(part.start, piece)
+      done(job.nbytes)
+    for name, of in repeats.items():
+      if name in stored and not _same(reader, name, of):
+        raise HFError(f'{directory}: {name} differs from {of}, which the model shares; it would be lost')
+    for name in stored:
+      if name.endswith(FREQUENCIES) and not _are_frequencies(reader.read(name), config):
+        raise HFError(f"{directory}: {name} is not what config.json's rope settings give; it would be lost")
+    log.debug('read %d bytes of %s', reader.bytes_read, directory)
+  arrays = {path: targets.pop(path).finish() for path in list(targets)}
   return config, _nest(params, arrays), _nest(buffers, arrays)
 
 
-def config_from_hf(values: dict) -> ModelConfig:
-  """The ModelConfig of a parsed config.json, in the spelling of old files (rope_scaling, rope_theta) or of transformers
-  5 (rope_parameters). Raises HFError for another kind of model, ConfigError for values no model can have."""
-  kind = values.get('model_type')
-  if kind not in ROUTERS:
-    raise HFError(f'config.json: model_type={kind!r} is unknown; use one of {", ".join(map(repr, ROUTERS))}')
-  for key, only in ONLY.items():
-    if values.get(key) not in (None, only):
-      raise HFError(f'config.json: {key}={values[key]!r} is not supported; only {only!r} is')
-  given = {key: value for key, value in values.items() if value is not None}
-  fields = {key: given.get(key, default) for key, default in (OPTIONAL | ROUTERS[kind]).items()}
-  required = REQUIRED + (REQUIRED_OF_EXPERTS if fields['n_routed_experts'] else ())
-  absent = [key for key in required if key not in given]
-  if absent:
-    raise HFError(f'config.json lacks {", ".join(absent)}')
-  fields |= {key: given[key] for key in required}
-  theta, scaling = _rope(given)
-  kinds = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
-  for key, value in (fields | {'rope_theta': theta}).items():
-    if not isinstance(value, (float, int) if kinds[key] is float else kinds[key]):
-      raise HFError(f'config.json: {key}={value!r} is no {kinds[key].__name__}')
-  config = ModelConfig(attention='mla', rope_theta=theta, rope_scaling=scaling, **fields)
-  config.validate()
-  return config
+def _without_dropped_mtp(directory, config: ModelConfig, stored) -> ModelConfig:
+  depth, first = config.num_nextn_predict_layers, config.num_hidden_layers
+  modules = tuple(f'model.layers.{first + d}.' for d in range(depth))
+  if not depth or any(name.startswith(modules) for name in stored):
+    return config
+  log.warning('%s: config.json says num_nextn_predict_layers=%d, but the files hold no MTP layer (transformers '
+              'drops them on saving): loaded without multi-token prediction', directory, depth)
+  return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-def _rope(values: dict) -> tuple[float, RopeScaling]:
-  rope = values.get('rope_parameters') or values.get('rope_scaling') or {}
-  theta = rope.get('rope_theta', values.get('rope_theta', 10000.0))
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind == 'default':
-    return theta, RopeScaling()
-  if kind != 'yarn' or rope.get('attention_factor') is not None or rope.get('truncate') is False:
-    raise HFError(f"config.json: rope scaling {rope} is not supported; only type 'yarn' without attention_factor and "
-                  'truncate=false is')
-  if 'factor' not in rope:
-    raise HFError(f'config.json: rope scaling {rope} lacks factor')
-  # Without mscale_all_dim the softmax keeps its scale: m(0) = 1.
-  fields = [field.name for field in dataclasses.fields(RopeScaling)]
-  given = {key: rope[key] for key in fields if rope.get(key) is not None}
-  defaults = {'mscale_all_dim': 0.0, 'original_max_position_embeddings': values['max_position_embeddings']}
-  for key, value in given.items():
-    if not isinstance(value, (float, int)):
-      raise HFError(f'config.json: rope scaling {key}={value!r} is no number')
-  return theta, RopeScaling(**defaults | given)
+def check(directory, values: dict, stored: dict[str, Stored], expected: dict, repeats) -> tuple[int, int] | None:
+  """Compares the files' tensors with those the model has, and returns the size of FP8's blocks. Raises HFError."""
+  problems, block = [], fp8_block(values)
 
+  def report(what, found):
+    if found:
+      more = f', and {len(found) - 3} more' if len(found) > 3 else ''
+      problems.append(f'{what} {len(found)} ({", ".join(found[:3])}{more})')
 
-def places(config: ModelConfig, shapes: dict) -> Iterator[Place]:
-  """Every row of the table for every layer and expert of a model. `shapes`: of our arrays, by path."""
-  def parts(prefix, rows, parent, layer):
-    for row in rows:
-      path = (*parent, *row.ours.split('/'))
-      if path not in shapes:
-        continue
-      letters = path[-1].rpartition('_')[2]
-      for expert in range(config.n_routed_experts if '{expert}' in row.published else 1):
-        fixed = {'2': row.gate_up} if '{expert}' not in row.published else {'2': row.gate_up, 'E': expert}
-        yield Place(prefix + row.published.format(expert=expert), row, path,
-                    (*layer, *(fixed.get(letter, slice(None)) for letter in letters)))
-
-  yield from parts('', TOP, (), ())
-  dense, layers = config.num_dense_layers, config.num_hidden_layers
-  for i in range(layers + config.num_nextn_predict_layers):
-    prefix = f'model.layers.{i}.'
-    if i < dense:
-      yield from parts(prefix, LAYER, ('dense_blocks',), (i,))
-    elif i < layers:
-      yield from parts(prefix, LAYER, ('moe_blocks',), (i - dense,))
-    else:
-      yield from parts(prefix, MODULE, ('mtp_modules',), (i - layers,))
-      yield from parts(prefix, LAYER, ('mtp_modules', 'block'), (i - layers,))
-    if i >= dense and config.uses_selection_bias:
-      yield Place(prefix + BIAS.published, BIAS, (BIAS.ours,), (i - dense,))
-
-
-def views(tensor, array, row: Row, config: ModelConfig) -> Iterator[tuple]:
-  """Pairs (part of the published tensor, part of our array) that hold the same numbers in the same order, all of them
-  views: assigning ours from theirs loads, theirs from ours exports."""
-  letters, axes, sizes = _letters(row), row.axes.replace(' ', ''), _sizes(row, array.shape, config)
-  tensor = tensor.reshape([_stored_size(row, letter, sizes) for letter in axes])
-  array = array.transpose([letters.index(letter) for letter in axes])
-  cuts, axis = [(slice(None), slice(None))], 0
-  for i, letter in enumerate(axes):
-    if letter in row.stacked:
-      start, axis = sum(sizes[part] for part in row.stacked[:row.stacked.index(letter)]), i
-      cuts = [(slice(start, start + sizes[letter]), slice(None))]
-    elif letter in 'HJ':  # both end in the rope width
-      # Published pairs are (2i, 2i + 1), ours (i, i + R/2).
-      start, half, axis = sizes[letter] - config.qk_rope_head_dim, config.qk_rope_head_dim // 2, i
-      cuts = [(slice(start), slice(start)),
-              (slice(start, None, 2), slice(start, start + half)),
-              (slice(start + 1, None, 2), slice(start + half, None))]
-  for theirs, ours in cuts:
-    yield tensor[(slice(None),) * axis + (theirs,)], array[(slice(None),) * axis + (ours,)]
-
-
-def _letters(row: Row) -> str:
-  """The axes of our array that a row fills, in our order."""
-  return ''.join(letter for letter in row.ours.rpartition('_')[2] if letter in row.axes)
-
-
-def _sizes(row: Row, shape, config: ModelConfig) -> dict[str, int]:
-  return {'K': config.qk_nope_head_dim, 'V': config.v_head_dim} | dict(zip(_letters(row), shape, strict=True))
-
-
-def _stored_size(row: Row, letter: str, sizes) -> int:
-  return sum(sizes[part] for part in row.stacked) if letter in row.stacked else sizes[letter]
-
-
-def _check(directory, stored, wanted, repeats, shapes, config):
-  problems = []
-
-  def report(names, what):
-    if names:
-      more = f', and {len(names) - 3} more' if len(names) > 3 else ''
-      problems.append(f'{what} {len(names)} ({", ".join(names[:3])}{more})')
-
-  report([name for name in wanted if name not in stored], 'missing')
-  report([name for name in stored if name not in wanted and name not in repeats], 'extra')
-  misshapen = []
-  for name, (place, *_) in wanted.items():
-    inner = np.broadcast_to(np.int8(0), shapes[place.path])[place.index].shape
-    sizes = _sizes(place.row, inner, config)
-    shape = tuple(math.prod(_stored_size(place.row, letter, sizes) for letter in group)
-                  for group in place.row.axes.split())
-    if name in stored and stored[name].shape != shape:
-      misshapen.append(f'{name} is {list(stored[name].shape)}, not {list(shape)}')
-  report(misshapen, 'misshapen')
+  fp8 = {name: None for name in expected if name in stored and stored[name].dtype == 'F8_E4M3'}  # an ordered set
+  scales = {name + SCALE: name for name in fp8}
+  report('missing', [name for name in expected if name not in stored and name not in repeats])
+  report('extra', [name for name in stored if not (name in expected or name in repeats or name in scales
+                                                    or name.endswith(FREQUENCIES))])
+  shapes = expected | {name: expected[of] for name, of in repeats.items()}
+  report('misshapen', [f'{name} is {list(stored[name].shape)}, not {list(shape)}' for name, shape in shapes.items()
+                       if name in stored and stored[name].shape != shape])
   if problems:
     raise HFError(f'{directory}: its tensors are not those of its config.json: {"; ".join(problems)}')
 
+  if fp8 and block is None:
+    raise HFError(f'{directory}: {next(iter(fp8))} is F8_E4M3, but config.json has no quantization_config; add it')
+  if block is not None and not fp8:
+    log.warning('%s: config.json has a quantization_config, but no tensor is FP8: read as they are', directory)
+  for name in shapes.keys() & stored.keys():
+    if stored[name].dtype not in PLAIN and name not in fp8:
+      raise HFError(f'{stored[name].file}: {name} is {stored[name].dtype}; only {", ".join(PLAIN)} and F8_E4M3 can be '
+                    'read')
+  for name in fp8:
+    scale = stored.get(name + SCALE)
+    if len(expected[name]) != 2:
+      raise HFError(f'{stored[name].file}: {name} is F8_E4M3 {list(expected[name])}; only matrices can be')
+    if scale is None:
+      raise HFError(f'{directory}: {name} is F8_E4M3, but {name + SCALE} is missing')
+    if scale.dtype not in SCALES or scale.shape != block_fp8.scale_shape(expected[name], block):
+      raise HFError(f'{scale.file}: {name + SCALE} is {scale.dtype} {list(scale.shape)}, not F32 or F8_E8M0 '
+                    f'{list(block_fp8.scale_shape(expected[name], block))}, one a block of {list(block)}')
+  return block
 
-def _allocate(shapes, wanted, stored, dtype) -> dict[tuple, np.ndarray]:
-  kinds = defaultdict(set)
-  for name, places_ in wanted.items():
-    for place in places_:
-      kinds[place.path].add(stored[name].dtype)
-  arrays = {}
-  for path, shape in shapes.items():
-    if path == (BIAS.ours,):
-      arrays[path] = np.zeros(shape, np.float32)
+
+def _kinds(shapes, places, stored, dtype) -> Iterator[np.dtype]:
+  """The dtype of each of our arrays; as stored, where all tensors of one agree, else float32."""
+  found = {path: set() for path in shapes}
+  for name, here in places.items():
+    for place in here:
+      found[place.path].add('BF16' if stored[name].dtype == 'F8_E4M3' else stored[name].dtype)
+  for path, kinds in found.items():
+    if path == (BIAS.ours,) or (dtype is not None and path[-1].startswith(FLOAT32_WEIGHTS)):
+      yield np.dtype(np.float32)
+    elif dtype is not None:
+      yield np.dtype(dtype)
+    else:
+      yield np.dtype(DTYPES[kinds.pop()] if len(kinds) == 1 else np.float32)
+
+
+def _sharding(variable, place):
+  if isinstance(place, jax.sharding.Mesh):
+    return jax.sharding.NamedSharding(place, axes.spec(variable.axes, variable.shape, place))
+  return place
+
+
+def _jobs(config, places, targets, stored, block) -> list[Job]:
+  """In the order of the files."""
+  jobs = []
+  for name in sorted(places, key=lambda name: (stored[name].file, stored[name].offset)):
+    uses = []
+    for place in places[name]:
+      target = targets[place.path]
+      parts = ((published.part(place, index, target.shape, config), shard) for index, shard, _ in target.shards)
+      uses += [(place, part, target.dtype, shard) for part, shard in parts if part is not None]
+    if not uses:
       continue
-    if dtype is None:
-      kind = STORED[kinds[path].pop()] if len(kinds[path]) == 1 else np.float32
-    else:
-      kind = np.float32 if path[-1].startswith(FLOAT32_WEIGHTS) else dtype
-    arrays[path] = np.empty(shape, kind)
-  return arrays
+    box = tuple(slice(min(s.start for s in spans), max(s.stop for s in spans))
+                for spans in zip(*(part.box for _, part, *_ in uses), strict=True))
+    nbytes, scale_box = _elements(box) * stored[name].itemsize, None
+    if stored[name].dtype == 'F8_E4M3':
+      scale_box = tuple(slice(s.start // width, -(-s.stop // width)) for s, width in zip(box, block, strict=True))
+      nbytes += _elements(scale_box) * stored[name + SCALE].itemsize
+    jobs.append(Job(name, box, scale_box, uses, nbytes))
+  return jobs
 
 
-def _read_json(path: Path) -> dict:
-  if not path.is_file():
-    raise HFError(f'{path} does not exist; a Hugging Face directory has config.json and *.safetensors')
-  try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-  except (ValueError, OSError) as error:
-    raise HFError(f'{path} can not be read as JSON ({error})') from error
-  if not isinstance(values, dict):
-    raise HFError(f'{path} is no JSON object')
-  return values
+def _elements(box) -> int:
+  return math.prod(span.stop - span.start for span in box)
 
 
-def _headers(directory: Path) -> dict[str, Stored]:
-  """Every tensor of every *.safetensors file, and that those which the index names are there."""
-  index = directory / 'model.safetensors.index.json'
-  named = _read_json(index).get('weight_map', {}) if index.exists() else {}
-  files = sorted(directory.glob('*.safetensors'))
-  lost = sorted(set(named.values()) - {file.name for file in files})
-  if lost:
-    raise HFError(f'{directory}: {len(lost)} of the files that {index.name} names do not exist ({", ".join(lost[:3])})')
-  if not files:
-    raise HFError(f'{directory} has no *.safetensors file')
-  stored = {}
-  for file in files:
-    with _open(file) as handle:
-      for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
-        tensor = handle.get_slice(name)
-        if name in stored:
-          raise HFError(f'{directory}: {name} is in {stored[name].file.name} and in {file.name}; remove one of them')
-        if tensor.get_dtype() not in STORED:
-          raise HFError(f'{file}: {name} is {tensor.get_dtype()}; only {", ".join(STORED)} can be read')
-        stored[name] = Stored(file, tensor.get_dtype(), tuple(tensor.get_shape()))
-  return stored
+def _pieces(reader: Reader, job: Job, config: ModelConfig, block) -> list[np.ndarray]:
+  """What each of the job's uses puts into its shard."""
+  tensor = reader.read(job.name, job.box)
+  if job.scale_box is not None:
+    scales = reader.read(job.name + SCALE, job.scale_box)
+    if not np.isfinite(scales.astype(np.float32)).all():
+      raise HFError(f'{reader.stored[job.name + SCALE].file}: {job.name + SCALE} holds NaN or infinity')
+    widest = max((dtype for _, _, dtype, _ in job.uses), key=lambda dtype: dtype.itemsize)
+    tensor = block_fp8.dequantize(tensor, scales, *job.box, block, widest)
+  out = []
+  for place, part, dtype, _ in job.uses:
+    inside = tuple(slice(s.start - whole.start, s.stop - whole.start)
+                   for s, whole in zip(part.box, job.box, strict=True))
+    out.append(published.arrange(tensor[inside], place, part, config).astype(dtype, copy=False))
+  return out
 
 
-def _read(stored: dict[str, Stored], names) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, tensor), file by file."""
-  by_file = defaultdict(list)
-  for name in names:
-    by_file[stored[name].file].append(name)
-  for file, inside in by_file.items():
-    with _open(file) as handle:
-      for name in inside:
-        yield name, handle.get_tensor(name)
+def _same(reader: Reader, name: str, of: str) -> bool:
+  """Whether two tensors hold the same values. Processes share the work, each comparing some of the rows."""
+  rows, *others = whole(reader.stored[of].shape)
+  process, count = jax.process_index(), jax.process_count()
+  begin, end = rows.stop * process // count, rows.stop * (process + 1) // count
+  step = max(COMPARED // max(reader.stored[of].nbytes // rows.stop, 1), 1)
+  boxes = ((slice(at, min(at + step, end)), *others) for at in range(begin, end, step))
+  return all(np.array_equal(reader.read(name, box), reader.read(of, box)) for box in boxes)
 
 
-def _open(file: Path):
-  try:
-    return safe_open(file, framework='numpy')
-  except (SafetensorError, OSError) as error:
-    raise HFError(f'{file} can not be read ({error}); it may be cut short: fetch it again') from error
+def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
+  width = config.qk_rope_head_dim if config.attention == 'mla' else config.qk_head_dim
+  ours = inverse_frequencies(width, config.rope_theta, config.rope_scaling)
+  return stored.shape == ours.shape and np.allclose(stored.astype(np.float64), ours, rtol=0.01)  # some are bfloat16
 
 
-def leaves(tree, path=()) -> Iterator[tuple[tuple, tuple]]:
-  """(path, shape) of abstract Variables."""
-  for key, value in tree.items():
-    if is_variable(value):
-      yield (*path, key), value.shape
-    else:
-      yield from leaves(value, (*path, key))
+def _ahead(function: Callable, items: list) -> Iterator[tuple]:
+  """(item, function(item)) in order; threads work on the next few, so that reading and placing overlap."""
+  pending = deque()
+  with ThreadPoolExecutor(AHEAD) as pool:
+    try:
+      for item in items:
+        pending.append((item, pool.submit(function, item)))
+        if len(pending) > AHEAD:
+          done, future = pending.popleft()
+          yield done, future.result()
+      for done, future in pending:
+        yield done, future.result()
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _progress(nbytes: int, what: str) -> Iterator[Callable[[int], None]]:
+  """A bar with bytes, rate and time left, on a terminal and for what takes a while."""
+  hidden = True if jax.process_index() else None
+  with tqdm.tqdm(total=nbytes, desc=what, unit='B', unit_scale=True, delay=0.5, disable=hidden) as bar:
+    yield bar.update
 
 
 def _nest(tree, arrays, path=()) -> dict:
-  return {key: arrays[(*path, key)] if is_variable(value) else _nest(value, arrays, (*path, key))
+  return {key: arrays[(*path, key)] if axes.is_variable(value) else _nest(value, arrays, (*path, key))
           for key, value in tree.items()}
+
+
+def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: str | None = None,
+         tokenizer: str | Path | None = None, file_bytes: int = FILE_BYTES):
+  """Writes a directory that transformers, vLLM, SGLang and `load` read. It appears whole or not at all.
+
+  dtype: of all weights but the routers' selection bias (float32 always); None = as held. fp8: 'float32' or 'ue8m0',
+  the format of the scales: the matrices that the release has in FP8 become FP8. tokenizer: a directory whose tokenizer
+  files are carried over. file_bytes: of tensors in a file, at most.
+
+  Raises HFError, one line, where the directory holds something, or nobody else could read such a model."""
+  directory = Path(directory).expanduser().absolute()
+  if fp8 not in (None, *block_fp8.SCALE_FORMATS):
+    raise HFError(f'fp8={fp8!r} is unknown; use one of {", ".join(map(repr, block_fp8.SCALE_FORMATS))}, or None')
+  arrays = {path: array for tree in (params, buffers) for path, array in _flat(tree)}
+  for path, array in arrays.items():
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+      raise HFError(f'{"/".join(path)} lies on devices of several processes; save from one that holds the whole model, '
+                    'e.g. after restoring the checkpoint there')
+  kind = np.dtype(params['embedding_WD'].dtype if dtype is None else dtype)
+  values = config_to_hf(config, str(kind), fp8)
+  if tokenizer is not None:
+    values |= _special_ids(Path(tokenizer))
+
+  shapes = {path: array.shape for path, array in arrays.items()}
+  places, repeats = published.places(config, shapes), published.repeats(config)
+  held = {name: np.dtype(arrays[places[repeats.get(name, name)][0].path].dtype)
+          for name in published.tensors(config, shapes)}
+  groups = []
+  for name, shape in published.tensors(config, shapes).items():
+    if fp8 and published.is_quantized(name):
+      groups.append((Entry(name, block_fp8.FP8, shape),
+                     Entry(name + SCALE, np.dtype(np.float32), block_fp8.scale_shape(shape))))
+    else:
+      plain = dtype is None or name.endswith(BIAS.published)
+      groups.append((Entry(name, held[name] if plain else np.dtype(dtype), shape),))
+
+  def make(group) -> tuple[np.ndarray, ...]:
+    entry = group[0]
+    tensor = np.empty(entry.shape, held[entry.name] if len(group) == 2 else entry.dtype)
+    for place in places[repeats.get(entry.name, entry.name)]:
+      for theirs, ours in published.views(tensor, fetch(arrays[place.path], place.index), place.row, config):
+        theirs[...] = ours
+    if len(group) == 1:
+      return (tensor,)
+    try:
+      return block_fp8.quantize(tensor, fp8)
+    except ValueError as error:
+      raise HFError(f'{entry.name}: {error}, so it has no FP8 form') from error
+
+  with tensor_files.appearing(directory) as partial:
+    total = sum(entry.nbytes for group in groups for entry in group)
+    with _progress(total, 'saving') as done:
+      tensor_files.write(partial, groups, make, file_bytes, done)
+    tensor_files.write_text(partial / 'config.json', json.dumps(values, indent=2))
+    for file in CARRIED if tokenizer is not None else ():
+      if (Path(tokenizer) / file).is_file():
+        shutil.copyfile(Path(tokenizer) / file, partial / file)
+
+
+def _flat(tree, path=()) -> Iterator[tuple]:
+  for key, value in tree.items():
+    yield from _flat(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+
+
+def _special_ids(folder: Path) -> dict[str, int]:
+  """bos_token_id and eos_token_id, by the names in tokenizer_config.json."""
+  files = folder / 'tokenizer.json', folder / 'tokenizer_config.json'
+  if not all(file.is_file() for file in files):
+    return {}
+  vocabulary, named = map(read_json, files)
+  ids = {token['content']: token['id'] for token in vocabulary.get('added_tokens', ())}
+  contents = {key: named.get(f'{key}_token') for key in ('bos', 'eos')}
+  contents = {key: token['content'] if isinstance(token, dict) else token for key, token in contents.items()}
+  return {f'{key}_token_id': ids[token] for key, token in contents.items() if token in ids}
+
+
+def define_flags(flag_values: flags.FlagValues):
+  """The command's flags: defined only when it runs, since other programs have some of the same names."""
+  flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the weights; default: as the checkpoint has them',
+                    flag_values=flag_values)
+  flags.DEFINE_enum('fp8', None, block_fp8.SCALE_FORMATS, "Matrices in FP8, with scales of this format",
+                    flag_values=flag_values)
+
+
+def write_config(directory: Path, file: Path):
+  """A file for train.py --config whose model is the directory's, to go on training it with --init_from."""
+  stored, values = tensor_files.scan(directory), read_json(directory / 'config.json')
+  config = _without_dropped_mtp(directory, config_from_hf(values), stored)
+  if file.exists():
+    raise HFError(f'{file} exists; name another file')
+  tokenizer = str(directory.absolute()) if (directory / 'tokenizer.json').is_file() else 'byte'
+  fields = ',\n          '.join(f'{key}={getattr(config, key)!r}' for key in ModelConfig.__dataclass_fields__)
+  file.write_text(CONFIG_FILE.format(directory=directory, file=file, tokenizer=tokenizer, fields=fields))
+
+
+def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
+  try:
+    if len(argv) != 4 or argv[1] not in ('export', 'config'):
+      raise HFError('usage: python -m mla_jax.checkpoint.hugging_face export WORKDIR DIR, or config DIR FILE.py')
+    source, target = map(Path, argv[2:])
+    if argv[1] == 'config':
+      write_config(source, target)
+    else:
+      tensor_files.require_free(target)
+      config, params, buffers = store.read_run(source)
+      save(target, config.model, params, buffers, dtype=flag_values.dtype, fp8=flag_values.fp8,
+           tokenizer=source / 'tokenizer')
+  except ConfigError as error:
+    print(f'hugging_face: error: {error}', file=sys.stderr)
+    return 2
+  print(f'{target}: written')
+  return 0
+
+
+if __name__ == '__main__':
+  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs there
+  define_flags(flags.FLAGS)
+  app.run(main)

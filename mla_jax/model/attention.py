@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla_jax.axes import shard
+from mla_jax.axes import per_device, shard
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import Cache
-from mla_jax.model.layers import normal, ones, rms_norm
+from mla_jax.model.layers import normal, ones, rms_norm, zeros
 from mla_jax.model.rope import rotate, rotation
-from pallas_kernels import flash_attention, mla_decode
+from pallas_kernels import flash_attention, make_plan, mla_decode
 
 FORMS = ('absorbed', 'expanded')
 
@@ -34,6 +34,7 @@ class Context(NamedTuple):
   valid_BT: jax.Array | None = None
   form: str = 'expanded'
   fresh: bool = False  # nothing was cached before this call: attend among the new tokens alone
+  decode_plan: tuple | None = None  # absorbed form: how the chip's processors share the cache, for all layers
 
 
 def context(config: ModelConfig, positions_BT, segments_BT=None) -> Context:
@@ -47,12 +48,26 @@ def cached_context(config: ModelConfig, length: int, lengths_B, new_B, form: str
   positions_BT = lengths_B[:, None] + offset_T
   valid_BT = offset_T >= -new_B[:, None]
   segments_BT = valid_BT.astype(jnp.int32)
-  return Context(_rotation(config, positions_BT), segments_BT, positions_BT, lengths_B, valid_BT, form, fresh)
+  plan = None
+  if config.attention == 'mla' and form == 'absorbed':
+    plan = make_plan(lengths_B, tokens=length, heads=config.num_attention_heads)
+  return Context(_rotation(config, positions_BT), segments_BT, positions_BT, lengths_B, valid_BT, form, fresh, plan)
 
 
 def _rotation(config: ModelConfig, positions_BT):
-  width = config.qk_rope_head_dim if config.attention == 'mla' else config.qk_head_dim
-  return rotation(positions_BT, width, config.rope_theta, config.rope_scaling)
+  if config.attention == 'mla':
+    return rotation(positions_BT, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling, config.rope_repeats)
+  return rotation(positions_BT, config.qk_head_dim, config.rope_theta, config.rope_scaling)
+
+
+def attend(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale):
+  """Causal attention of equally many heads."""
+  def local(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments):
+    return flash_attention(q_BTNH, k_BSNH, v_BSNV, scale=scale, causal=True, q_segments=q_segments,
+                           kv_segments=kv_segments)
+
+  return per_device(local, (q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments), ('BTNH', 'BSNH', 'BSNV', 'BT', 'BS'),
+                    ('BTNV', (*q_BTNH.shape[:3], v_BSNV.shape[3])))
 
 
 def attend_expanded(q_BTNH, c_BSJ, wuk_CNK, wuv_CNV, *, scale, q_segments, kv_segments):
@@ -64,17 +79,16 @@ def attend_expanded(q_BTNH, c_BSJ, wuk_CNK, wuv_CNV, *, scale, q_segments, kv_se
     v_BSNV = jnp.einsum('BSC,CNV->BSNV', c_BSC, wuv_CNV)
     kr_BSNR = jnp.broadcast_to(kr_BSR[:, :, None], (*k_BSNK.shape[:3], kr_BSR.shape[-1]))
     k_BSNH = jnp.concatenate([k_BSNK, kr_BSNR], axis=-1)
-    return flash_attention(q_BTNH, k_BSNH, v_BSNV, scale=scale, causal=True,
-                           q_segments=q_segments, kv_segments=kv_segments)
+    return attend(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale)
 
 
-def attend_absorbed(q_BTNH, pages_PSJ, table_BP, lengths_B, wuk_CNK, wuv_CNV, *, scale):
+def attend_absorbed(q_BTNH, pages_PSJ, table_BP, lengths_B, wuk_CNK, wuv_CNV, *, scale, plan=None):
   """W_UK joins the query and W_UV the output: scores = (q_nope W_UK^T) . c + q_rope . k_rope, out = (P c) W_UV."""
   with jax.named_scope('mla/absorbed'):
     nope = wuk_CNK.shape[-1]
     q_BTNC = jnp.einsum('BTNK,CNK->BTNC', q_BTNH[..., :nope], wuk_CNK)
     q_BTNJ = jnp.concatenate([q_BTNC, q_BTNH[..., nope:]], axis=-1)
-    o_BTNC = mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, scale=scale, value_width=wuk_CNK.shape[0])
+    o_BTNC = mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, scale=scale, value_width=wuk_CNK.shape[0], plan=plan)
     return jnp.einsum('BTNC,CNV->BTNV', o_BTNC, wuv_CNV)
 
 
@@ -91,7 +105,11 @@ class LatentAttention(nnx.Module):
     else:
       self.wq_DNH = init(keys[1], (c.hidden_size, c.num_attention_heads, c.qk_head_dim), 'DNH')
     self.wdkv_DJ = init(keys[2], (c.hidden_size, c.cache_width), 'DJ')
-    self.norm_kv_C = ones(c.kv_lora_rank, 'C')
+    if c.latent_norm:
+      self.norm_kv_C = ones(c.kv_lora_rank, 'C')
+    if c.attention_bias:
+      self.bq_NH = zeros((c.num_attention_heads, c.qk_head_dim), 'NH')
+      self.bdkv_J = zeros((c.cache_width,), 'J')
     self.wuk_CNK = init(keys[3], (c.kv_lora_rank, c.num_attention_heads, c.qk_nope_head_dim), 'CNK')
     self.wuv_CNV = init(keys[4], (c.kv_lora_rank, c.num_attention_heads, c.v_head_dim), 'CNV')
     self.wo_NVD = init(keys[5], (c.num_attention_heads, c.v_head_dim, c.hidden_size), 'NVD')
@@ -105,10 +123,14 @@ class LatentAttention(nnx.Module):
         q_BTNH = jnp.einsum('BTQ,QNH->BTNH', q_BTQ, self.wuq_QNH[...])
       else:
         q_BTNH = jnp.einsum('BTD,DNH->BTNH', x_BTD, self.wq_DNH[...])
+      c_BTJ = jnp.einsum('BTD,DJ->BTJ', x_BTD, self.wdkv_DJ[...])
+      if c.attention_bias:
+        q_BTNH, c_BTJ = q_BTNH + self.bq_NH[...], c_BTJ + self.bdkv_J[...]
       nope = c.qk_nope_head_dim
       q_BTNH = jnp.concatenate([q_BTNH[..., :nope], rotate(q_BTNH[..., nope:], ctx.cos_sin)], axis=-1)
-      c_BTJ = jnp.einsum('BTD,DJ->BTJ', x_BTD, self.wdkv_DJ[...])
-      c_BTC = rms_norm(c_BTJ[..., :c.kv_lora_rank], self.norm_kv_C[...], c.rms_norm_eps)
+      c_BTC = c_BTJ[..., :c.kv_lora_rank]
+      if c.latent_norm:
+        c_BTC = rms_norm(c_BTC, self.norm_kv_C[...], c.rms_norm_eps)
       kr_BTR = rotate(c_BTJ[..., c.kv_lora_rank:], ctx.cos_sin)
       return q_BTNH, jnp.concatenate([c_BTC, kr_BTR], axis=-1)
 
@@ -127,7 +149,8 @@ class LatentAttention(nnx.Module):
       o_BTNV = attend_expanded(q_BTNH, c_BSJ, *up, scale=scale, q_segments=ctx.segments_BT,
                                kv_segments=valid_BS.astype(jnp.int32))
     else:
-      o_BTNV = attend_absorbed(q_BTNH, cache.pages_PSJ, cache.layer_table(layer), ctx.lengths_B, *up, scale=scale)
+      o_BTNV = attend_absorbed(q_BTNH, cache.pages_PSJ, cache.layer_table(layer), ctx.lengths_B, *up, scale=scale,
+                               plan=ctx.decode_plan)
     return shard(jnp.einsum('BTNV,NVD->BTD', o_BTNV, self.wo_NVD[...]), 'BTD'), cache
 
 
@@ -142,12 +165,19 @@ class GroupedQueryAttention(nnx.Module):
     self.wk_DGH = init(keys[1], (c.hidden_size, c.kv_heads, c.qk_head_dim), 'DGH')
     self.wv_DGV = init(keys[2], (c.hidden_size, c.kv_heads, c.qk_head_dim), 'DGV')
     self.wo_NVD = init(keys[3], (c.num_attention_heads, c.qk_head_dim, c.hidden_size), 'NVD')
+    if c.attention_bias:
+      self.bq_NH = zeros((c.num_attention_heads, c.qk_head_dim), 'NH')
+      self.bk_GH = zeros((c.kv_heads, c.qk_head_dim), 'GH')
+      self.bv_GV = zeros((c.kv_heads, c.qk_head_dim), 'GV')
 
   def __call__(self, x_BTD, ctx: Context, cache: Cache | None = None, layer=0):
     """Returns (output [B, T, D], cache)."""
-    q_BTNH = rotate(jnp.einsum('BTD,DNH->BTNH', x_BTD, self.wq_DNH[...]), ctx.cos_sin)
-    k_BSGH = rotate(jnp.einsum('BTD,DGH->BTGH', x_BTD, self.wk_DGH[...]), ctx.cos_sin)
+    q_BTNH = jnp.einsum('BTD,DNH->BTNH', x_BTD, self.wq_DNH[...])
+    k_BSGH = jnp.einsum('BTD,DGH->BTGH', x_BTD, self.wk_DGH[...])
     v_BSGV = jnp.einsum('BTD,DGV->BTGV', x_BTD, self.wv_DGV[...])
+    if self.config.attention_bias:
+      q_BTNH, k_BSGH, v_BSGV = q_BTNH + self.bq_NH[...], k_BSGH + self.bk_GH[...], v_BSGV + self.bv_GV[...]
+    q_BTNH, k_BSGH = rotate(q_BTNH, ctx.cos_sin), rotate(k_BSGH, ctx.cos_sin)
     kv_segments = ctx.segments_BT
     if cache is not None:
       entries_BTJ = jnp.stack([k_BSGH, v_BSGV], axis=2).reshape(*k_BSGH.shape[:2], -1)
@@ -157,9 +187,8 @@ class GroupedQueryAttention(nnx.Module):
         kv_BS2GH = entries_BSJ.reshape(*entries_BSJ.shape[:2], 2, *k_BSGH.shape[2:])
         k_BSGH, v_BSGV, kv_segments = kv_BS2GH[:, :, 0], kv_BS2GH[:, :, 1], valid_BS.astype(jnp.int32)
     groups = q_BTNH.shape[2] // k_BSGH.shape[2]
-    o_BTNV = flash_attention(q_BTNH, jnp.repeat(k_BSGH, groups, axis=2), jnp.repeat(v_BSGV, groups, axis=2),
-                             scale=self.config.softmax_scale, causal=True,
-                             q_segments=ctx.segments_BT, kv_segments=kv_segments)
+    o_BTNV = attend(q_BTNH, jnp.repeat(k_BSGH, groups, axis=2), jnp.repeat(v_BSGV, groups, axis=2),
+                    ctx.segments_BT, kv_segments, self.config.softmax_scale)
     return shard(jnp.einsum('BTNV,NVD->BTD', o_BTNV, self.wo_NVD[...]), 'BTD'), cache
 
 

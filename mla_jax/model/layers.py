@@ -16,6 +16,10 @@ def normal(key, shape: tuple[int, ...], letters: str, std: float) -> nnx.Param:
   return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=letters)
 
 
+def zeros(shape: tuple[int, ...], letters: str) -> nnx.Param:
+  return nnx.Param(jnp.zeros(shape, jnp.float32), axes=letters)
+
+
 def ones(width: int, letter: str) -> nnx.Param:
   return nnx.Param(jnp.ones(width, jnp.float32), axes=letter)
 

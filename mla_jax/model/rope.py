@@ -29,10 +29,11 @@ def inverse_frequencies(width: int, theta: float, scaling: RopeScaling) -> np.nd
   return plain * (1 - ramp) + plain / scaling.factor * ramp
 
 
-def rotation(positions_BT, width: int, theta: float, scaling: RopeScaling):
-  """cos and sin, float32 [B, T, width / 2], with YaRN's magnitude factor in them."""
-  angle = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(
-      inverse_frequencies(width, theta, scaling), jnp.float32)
+def rotation(positions_BT, width: int, theta: float, scaling: RopeScaling, repeats: int = 1):
+  """cos and sin, float32 [B, T, width / 2], with YaRN's magnitude factor in them. The frequencies are those of
+  width / repeats, all of them `repeats` times."""
+  frequencies = np.tile(inverse_frequencies(width // repeats, theta, scaling), repeats)
+  angle = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
   magnitude = scaling.attention_factor(scaling.mscale) / scaling.attention_factor(scaling.mscale_all_dim)
   return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
 

@@ -52,7 +52,7 @@ def train(config: Config, workdir: str, *, init_from: str = '', allow_older_chec
     first = 0
     state = initial_state(config.model, optimizer, config.training.seed, mesh)
     if init_from:
-      state = _initialise_from(init_from, config, state)
+      state = _initialise_from(init_from, config, state, mesh)
   else:
     state, run = _restore(checkpoints, first, model, optimizer, mesh)
     batches.restore(run['data'])
@@ -166,23 +166,28 @@ def _restore(checkpoints: store.Store, step: int, model, optimizer, mesh) -> tup
   return TrainState(**found['weights'], **found['optimizer']), found['run']
 
 
-def _initialise_from(source: str, config: Config, state: TrainState) -> TrainState:
+def _initialise_from(source: str, config: Config, state: TrainState, mesh) -> TrainState:
   """Weights from a Hugging Face directory or another workdir; the optimizer starts fresh."""
+  # Before others take their place: two models may not fit.
+  jax.tree.map(lambda x: x.delete(), (state.params, state.buffers))
   folder = pathlib.Path(source)
   if (folder / 'checkpoints').is_dir():
     other, params, buffers = store.read_run(folder)
     found = other.model
   else:
-    found, params, buffers = hugging_face.load(folder, dtype='float32')
+    found, params, buffers = hugging_face.load(folder, dtype='float32', place=mesh)
+  theirs, ours = leaf_keys(found), leaf_keys(config.model)
+  differ = ', '.join(f'model.{k} ({theirs[k]!r} there, {ours[k]!r} here)' for k in ours
+                     if ours[k] != theirs[k] and k not in ('initializer_range', 'aux_loss_alpha'))
   same = jax.tree.structure(params) == jax.tree.structure(state.params) and all(
       jax.tree.leaves(jax.tree.map(lambda a, b: a.shape == b.shape, params, state.params)))
   if not same:
-    theirs, ours = leaf_keys(found), leaf_keys(config.model)
-    differ = ', '.join(f'model.{k} ({theirs[k]!r} there, {ours[k]!r} here)' for k in ours if ours[k] != theirs[k])
     raise ConfigError(f'--init_from={source} holds another network: {differ}; set these --config.model.* to its values')
+  if differ:
+    log.warning('--init_from=%s was made with another %s: its weights will not compute what they did', source, differ)
 
   def place(tree, like):
-    return jax.tree.map(lambda a, b: jax.device_put(np.asarray(a, b.dtype), b.sharding), tree, like)
+    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), tree, like)
 
   return dataclasses.replace(state, params=place(params, state.params), buffers=place(buffers, state.buffers))
 

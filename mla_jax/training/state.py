@@ -36,12 +36,15 @@ def store_as(inner: optax.GradientTransformation, dtype) -> optax.GradientTransf
 
 def make_optimizer(o: OptimizerConfig, letters) -> optax.GradientTransformation:
   """AdamW up to the learning rate, which the step multiplies in. `letters` is the tree of weights' axis letters:
-  weights with one axis (norms, biases) don't decay."""
+  norms (one axis) and biases (their names begin with b) don't decay."""
+  def decays(path, axis_letters):
+    return len(axis_letters) > 1 and not path[-1].key.startswith('b')
+
   adam = optax.scale_by_adam(o.beta1, o.beta2, o.epsilon)
   return optax.chain(
       optax.clip_by_global_norm(o.clip_norm),
       adam if o.moment_dtype == 'float32' else store_as(adam, jnp.dtype(o.moment_dtype)),
-      optax.add_decayed_weights(o.weight_decay, mask=jax.tree.map(lambda axis_letters: len(axis_letters) > 1, letters)))
+      optax.add_decayed_weights(o.weight_decay, mask=jax.tree_util.tree_map_with_path(decays, letters)))
 
 
 def shardings(model: transformer.Split, optimizer: optax.GradientTransformation, mesh) -> TrainState:

@@ -30,7 +30,8 @@ def differentiable(kernels):
 
 registry = dispatch.Registry(
   'flash_attention',
-  dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted),
+  dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted,
+                          unsuitable=mosaic_tpu.unsuitable),
   dispatch.Implementation('gpu', differentiable(gpu), ('gpu',), mosaic_gpu.unavailable, unsuitable=gpu.unsuitable),
   dispatch.Implementation('xla', differentiable(xla)),
   dispatch.Implementation('reference', reference.flash_attention),

@@ -1,10 +1,10 @@
-"""Attention for TPU (Mosaic): a grid over batch, heads and those pairs (block of queries, block of keys) that can see each
-other, which are listed ahead, so that a causal program has no step above the diagonal.
+"""Attention for TPU (Mosaic): a grid over batch, heads and those pairs (block of queries, block of keys) that can see
+each other, which are listed ahead, so that a causal program has no step above the diagonal.
 
-Forward goes through a query block's pairs in order with the softmax's state in VMEM. Backward goes through a key block's
-pairs and recomputes the probabilities transposed, keys by queries: statistics of queries are then rows, which broadcast
-for free, and three of its five products need no transpose. The queries' gradient of a whole head stays in VMEM, so one
-kernel makes all three gradients, in a fixed order of additions.
+Forward goes through a query block's pairs in order with the softmax's state in VMEM. Backward goes through a key
+block's pairs and recomputes the probabilities transposed, keys by queries: statistics of queries are then rows, which
+broadcast for free, and of its five products only the queries' gradient needs a transpose. That gradient stays in VMEM
+for a whole head, so one kernel makes all three, in a fixed order of additions.
 """
 
 import functools
@@ -26,7 +26,7 @@ def forward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal):
   q_BNTH, k_BNSH, v_BNSV = grid.queries(q_BTNH), grid.keys(k_BSNH), grid.keys(v_BSNV)
   pairs = [(i, j) for i in range(grid.q_blocks) for j in range(grid.k_blocks) if grid.sees(i, j) or j == 0]
   o_BNTV, lse_BN1T = grid.call(
-    functools.partial(_forward, grid=grid, scale=scale), pairs, (q_BNTH, k_BNSH, v_BNSV), (q_segments, kv_segments),
+    functools.partial(_forward, scale=scale), pairs, (q_BNTH, k_BNSH, v_BNSV), (q_segments, kv_segments),
     in_specs=[grid.q_rows(q_BNTH), grid.k_rows(k_BNSH), grid.k_rows(v_BNSV)],
     out_shape=[((*q_BNTH.shape[:3], width), q_BTNH.dtype), ((*q_BNTH.shape[:2], 1, q_BNTH.shape[2]), jnp.float32)],
     out_specs=[grid.q_rows(width), grid.q_lanes()],
@@ -69,11 +69,12 @@ def _gradients(grid, q_BTNH, k_BSNH, v_BSNV, segments, scale, lse_BTN, do_BTNV, 
   pairs = [(i, j) for j in range(grid.k_blocks) for i in range(grid.q_blocks) if grid.sees(i, j) or i == last]
   all_queries = q_BNTH.shape[2]
   dq_BNTH, dk_BNSH, dv_BNSV = grid.call(
-    functools.partial(_backward, grid=grid, scale=scale), pairs, (q_BNTH, k_BNSH, v_BNSV, do_BNTV, *rows), segments,
+    functools.partial(_backward, scale=scale), pairs, (q_BNTH, k_BNSH, v_BNSV, do_BNTV, *rows), segments,
     in_specs=[grid.q_rows(q_BNTH), grid.k_rows(k_BNSH), grid.k_rows(v_BNSV), grid.q_rows(do_BNTV), grid.q_lanes(),
               grid.q_lanes()],
     out_shape=[(q_BNTH.shape, q_BTNH.dtype), (k_BNSH.shape, dtype), (v_BNSV.shape, dtype)],
-    out_specs=[pl.BlockSpec((None, None, all_queries, h), lambda b, n, *_: (b, n, 0, 0)), grid.k_rows(h), grid.k_rows(v)],
+    out_specs=[pl.BlockSpec((None, None, all_queries, h), lambda b, n, *_: (b, n, 0, 0)), grid.k_rows(h),
+               grid.k_rows(v)],
     scratch_shapes=[pltpu.VMEM((all_queries, h), jnp.float32), pltpu.VMEM((grid.k_block, h), jnp.float32),
                     pltpu.VMEM((grid.k_block, v), jnp.float32), pltpu.VMEM((grid.k_block, 1), jnp.int32)],
     name='flash_attention_gradients')
@@ -131,8 +132,8 @@ class _Grid:
         blocked = ids.reshape(len(ids), -1, block)
         prefetched += [blocked.min(2), blocked.max(2)]
       operands = (*operands, q_BT[:, None], k_BS[:, None])
-      in_specs = [*in_specs, pl.BlockSpec((None, 1, self.q_block), lambda b, n, p, i_P, *_: (b, 0, i_P[p])),
-                  pl.BlockSpec((None, 1, self.k_block), lambda b, n, p, _, j_P, *__: (b, 0, j_P[p]))]
+      in_specs = [*in_specs, pl.BlockSpec((None, 1, self.q_block), lambda b, _, p, i_P, *__: (b, 0, i_P[p])),
+                  pl.BlockSpec((None, 1, self.k_block), lambda b, _, p, __, j_P, *___: (b, 0, j_P[p]))]
 
     def with_pair(*refs):
       scalars, refs = refs[:len(prefetched)], refs[len(prefetched):]
@@ -195,7 +196,7 @@ def _iota(shape, axis):
   return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def _forward(pair, q_TH, k_SH, v_SV, o_TV, lse_1T, max_T1, total_T1, sum_TV, ids_T1, *, grid, scale):
+def _forward(pair, q_TH, k_SH, v_SV, o_TV, lse_1T, max_T1, total_T1, sum_TV, ids_T1, *, scale):
   @pl.when(pair.changes(0, -1))
   def _():
     max_T1[...] = jnp.full_like(max_T1, -jnp.inf)
@@ -228,7 +229,7 @@ def _forward(pair, q_TH, k_SH, v_SV, o_TV, lse_1T, max_T1, total_T1, sum_TV, ids
 
 
 def _backward(pair, q_TH, k_SH, v_SV, do_TV, lse_1T, shift_1T, dq_TH, dk_SH, dv_SV, sum_dq_TH, sum_dk_SH, sum_dv_SV,
-              ids_S1, *, grid, scale):
+              ids_S1, *, scale):
   @pl.when(pair.p == 0)
   def _():
     sum_dq_TH[...] = jnp.zeros_like(sum_dq_TH)
@@ -251,7 +252,8 @@ def _backward(pair, q_TH, k_SH, v_SV, do_TV, lse_1T, shift_1T, dq_TH, dk_SH, dv_
     dp_ST = dot(v_SV[...], do_TV[...], (1, 1))
     ds_ST = (p_ST * (dp_ST + shift_1T[...])).astype(q_TH.dtype)
     sum_dk_SH[...] += dot(ds_ST, q_TH[...])
-    rows = pl.ds(pl.multiple_of(pair.i * grid.q_block, grid.q_block), grid.q_block)
+    block = q_TH.shape[0]
+    rows = pl.ds(pl.multiple_of(pair.i * block, block), block)
     sum_dq_TH[rows, :] += dot(ds_ST, k_SH[...], (0, 0))
 
   pair.computes(body)

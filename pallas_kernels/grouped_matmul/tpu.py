@@ -1,7 +1,8 @@
-"""Grouped matmul for TPU (Mosaic), as a grid over visits: a visit is a tile of rows and one of the groups with rows in it.
+"""Grouped matmul for TPU (Mosaic), as a grid over visits: a visit is a tile of rows and one of the groups with rows in
+it.
 
-The whole contraction of a tile is in VMEM, so a group's weights are read once however many tiles its rows fill: the next
-visit asks for the same block and no copy is made. The number of visits is data, and so is the size of the grid.
+The whole contraction of a tile is in VMEM, so a group's weights are read once however many tiles its rows fill: the
+next visit asks for the same block and no copy is made. The number of visits is data, and so is the size of the grid.
 """
 
 import functools
@@ -16,6 +17,15 @@ from pallas_kernels.grouped_matmul.scales import BLOCK
 from pallas_kernels.mosaic_tpu import dot
 
 CHUNK = 1024  # of the contraction in one product: the code of a product grows with it
+
+
+def unsuitable(lhs_MK, rhs_GKN, **_):
+  """For `dispatch.Implementation`: forward contracts K and the gradient to lhs N, and a tile holds all of either."""
+  reason = mosaic_tpu.unsuitable(lhs_MK, rhs_GKN)
+  longest, chip = max(rhs_GKN.shape[1:]), mosaic_tpu.chip(lhs_MK, rhs_GKN)
+  if reason is None and _columns_that_fit(16, longest, lhs_MK.dtype.itemsize, 4, True, chip) < 128:
+    reason = f'a contraction of {longest} does not fit in the {chip.vmem // mosaic_tpu.MIB} MiB of VMEM'
+  return reason
 
 
 def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype, zero_tail):
@@ -43,8 +53,8 @@ def rhs_gradient(lhs_MK, dy_MN, group_sizes_G, out_dtype):
   return mosaic_tpu.call(
     _rhs_gradient, (*visits[:4], lhs_MK, dy_MN), prefetched=4, name='grouped_matmul_rhs_gradient',
     grid=(pl.cdiv(k, tk), pl.cdiv(n, tn), visits[4]), dimensions=('parallel', 'parallel', 'arbitrary'),
-    in_specs=[pl.BlockSpec((tm, tk), lambda i, j, v, tile_V, *_: (tile_V[v], i)),
-              pl.BlockSpec((tm, tn), lambda i, j, v, tile_V, *_: (tile_V[v], j))],
+    in_specs=[pl.BlockSpec((tm, tk), lambda i, _, v, tile_V, *__: (tile_V[v], i)),
+              pl.BlockSpec((tm, tn), lambda _, j, v, tile_V, *__: (tile_V[v], j))],
     out_shape=[((groups, k, n), out_dtype)],
     out_specs=[pl.BlockSpec((None, tk, tn), lambda i, j, v, _, group_V, *__: (group_V[v], i, j))],
     scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)])[0]
@@ -83,34 +93,36 @@ def _rows_times_group(x_MK, rhs_GKN, group_sizes_G, scales, out_dtype, zero_tail
   (m, k), groups = x_MK.shape, len(group_sizes_G)
   n = rhs_GKN.shape[1 if rhs_transposed else 2]
   chip = mosaic_tpu.chip(x_MK, rhs_GKN)
-  tm = _row_tile(m, groups, chip)
-  tn = _column_tile(n, tm, k, x_MK.dtype.itemsize, jnp.dtype(out_dtype).itemsize, bool(scales), chip)
+  tm, tn = _tiles(m, groups, n, k, x_MK.dtype.itemsize, jnp.dtype(out_dtype).itemsize, bool(scales), chip)
   if zero_tail:  # the rows of no group are a group that no weights belong to
     group_sizes_G = jnp.append(group_sizes_G, m - group_sizes_G.sum())
   *visits, count = _visits(group_sizes_G, m, tm, empty_too=False)
 
   def weights(axes):
     # The tail asks for the weights that are there already.
-    def index(j, v, tile_V, group_V, start_G, end_G, weights_V):
-      place = {'g': weights_V[v], 'n': j, 'k': 0}
+    def index(j, v, *prefetched):
+      place = {'g': prefetched[-1][v], 'n': j, 'k': 0}
       return tuple(place[axis] for axis in axes)
     return index
 
+  # bfloat16 holds every FP8 number, and all generations multiply it.
+  factor_dtype = x_MK.dtype if chip.multiplies_fp8 else jnp.bfloat16
   weights_V = jax.lax.cummax(jnp.where(visits[1] < groups, visits[1], 0))
   rhs_block = ((None, tn, k), weights('gnk')) if rhs_transposed else ((None, k, tn), weights('gkn'))
-  in_specs = [pl.BlockSpec((tm, k), lambda j, v, tile_V, *_: (tile_V[v], 0)), pl.BlockSpec(*rhs_block)]
+  in_specs = [pl.BlockSpec((tm, k), lambda _, v, tile_V, *__: (tile_V[v], 0)), pl.BlockSpec(*rhs_block)]
   if scales:
-    in_specs += [pl.BlockSpec((tm, scales[0].shape[1]), lambda j, v, tile_V, *_: (tile_V[v], 0)),
+    in_specs += [pl.BlockSpec((tm, scales[0].shape[1]), lambda _, v, tile_V, *__: (tile_V[v], 0)),
                  pl.BlockSpec((None, scales[1].shape[1], tn), weights('gkn'))]
+  contract = (1, 1) if rhs_transposed else (1, 0)
   return mosaic_tpu.call(
-    functools.partial(_rows_kernel, groups=groups, contract=(1, 1) if rhs_transposed else (1, 0), scaled=bool(scales)),
+    functools.partial(_rows_kernel, groups=groups, contract=contract, factor_dtype=factor_dtype),
     (*visits, weights_V, x_MK, rhs_GKN, *scales), prefetched=5, grid=(pl.cdiv(n, tn), count),
     dimensions=('parallel', 'arbitrary'), in_specs=in_specs, out_shape=[((m, n), out_dtype)],
     out_specs=[pl.BlockSpec((tm, tn), lambda j, v, tile_V, *_: (tile_V[v], j))],
     scratch_shapes=[pltpu.VMEM((tm, tn), jnp.float32)], name='grouped_matmul')[0]
 
 
-def _rows_kernel(tile_V, group_V, start_G, end_G, _, x_mK, rhs, *refs, groups, contract, scaled):
+def _rows_kernel(tile_V, group_V, start_G, end_G, _, x_mK, rhs, *refs, groups, contract, factor_dtype):
   y_mn, sum_mn = refs[-2:]
   v = pl.program_id(1)
   g = group_V[v]
@@ -118,7 +130,10 @@ def _rows_kernel(tile_V, group_V, start_G, end_G, _, x_mK, rhs, *refs, groups, c
 
   @pl.when(g < groups)
   def _():
-    (_accumulate_scaled if scaled else _accumulate)(sum_mn, x_mK, rhs, *refs[:-2], contract)
+    if len(refs) > 2:
+      _accumulate_scaled(sum_mn, x_mK, rhs, *refs[:-2], factor_dtype)
+    else:
+      _accumulate(sum_mn, x_mK, rhs, contract)
 
   mine = _members(sum_mn.shape, tile_V[v] * sum_mn.shape[0], start_G[g], end_G[g])
   first = (v == 0) | (tile_V[jnp.maximum(v - 1, 0)] != tile_V[v])
@@ -146,12 +161,11 @@ def _accumulate(sum_mn, x_mK, rhs, contract):
     add(k // CHUNK * CHUNK, k % CHUNK)
 
 
-def _accumulate_scaled(sum_mn, x_mK, rhs_Kn, x_scales, rhs_scales, contract):
+def _accumulate_scaled(sum_mn, x_mK, rhs_Kn, x_scales, rhs_scales, factor_dtype):
   """Each 128 of the contraction is scaled in float32 as it is added (DeepSeek-V3, 3.3.2)."""
   def add(block, _):
     chunk = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
-    # bfloat16 holds every FP8 number, and all generations multiply it.
-    part_mn = dot(x_mK[:, chunk].astype(jnp.bfloat16), rhs_Kn[chunk, :].astype(jnp.bfloat16), contract)
+    part_mn = dot(x_mK[:, chunk].astype(factor_dtype), rhs_Kn[chunk, :].astype(factor_dtype))
     lane = jax.lax.broadcasted_iota(jnp.int32, x_scales.shape, 1)
     scale_m1 = jnp.where(lane == block, x_scales[...], 0).sum(1, keepdims=True)
     sum_mn[...] += part_mn * scale_m1 * rhs_scales[pl.ds(block, 1), :]
@@ -185,24 +199,29 @@ def _visits(group_sizes_G, m, tm, empty_too):
 def _row_tile(m, groups, chip):
   """Rows of a tile, a power of two.
 
-  Visits cost (M/tm + G) (tm + w): at each boundary a tile is computed twice, and each visit loads weights into the matrix
-  unit, worth w rows. The least is at tm = sqrt(w M/G).
+  Visits cost (M/tm + G) (tm + w): at each boundary a tile is computed twice, and each visit loads weights into the
+  matrix unit, worth w rows. The least is at tm = sqrt(w M/G).
   """
   best = (chip.matmul_unit * max(m // groups, 1)) ** 0.5
   tile = 1 << max(4, round(best).bit_length() - 1)
   return min(tile, chip.matmul_rows, pl.cdiv(m, 16) * 16)
 
 
-def _column_tile(n, tm, k, itemsize, out_itemsize, scaled, chip):
-  """The most columns whose blocks, twice for the copies under way, fit beside the tile's rows."""
+def _tiles(m, groups, n, k, itemsize, out_itemsize, scaled, chip):
+  """Rows and columns of a tile of the product: as many columns as fit beside the rows; fewer rows if too few do."""
+  tm = _row_tile(m, groups, chip)
+  while tm > 16 and _columns_that_fit(tm, k, itemsize, out_itemsize, scaled, chip) < min(n, 512):
+    tm //= 2
+  fits = _columns_that_fit(tm, k, itemsize, out_itemsize, scaled, chip)
+  return tm, _split(n, min(fits, chip.matmul_columns), chip)
+
+
+def _columns_that_fit(tm, k, itemsize, out_itemsize, scaled, chip):
+  """Columns whose blocks, twice for the copies under way, fit in VMEM beside the tile's rows."""
   rows = 2 * tm * k * itemsize + (2 * tm * 4 * 128 if scaled else 0)
   column = 2 * k * itemsize + tm * (2 * out_itemsize + 3 * 4) + (2 * k // BLOCK * 4 if scaled else 0)
   # A quarter is left for what the compiler keeps of a product's operands and result.
-  fits = (mosaic_tpu.vmem_limit(chip) * 3 // 4 - rows) // column
-  if fits < min(n, 128):
-    raise NotImplementedError(f'grouped_matmul: a contraction of {k} does not fit in the VMEM of this TPU '
-                              f'({chip.vmem >> 20} MiB); split it, or take implementation="xla"')
-  return _split(n, min(fits, chip.matmul_columns), chip)
+  return (mosaic_tpu.vmem_limit(chip) * 3 // 4 - rows) // column
 
 
 def _split(n, most, chip):

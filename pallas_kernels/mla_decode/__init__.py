@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, mosaic_tpu
-from pallas_kernels.mla_decode import reference, tpu, xla
+from pallas_kernels import dispatch, mosaic_gpu, mosaic_tpu
+from pallas_kernels.mla_decode import gpu, reference, tpu, xla
 
 registry = dispatch.Registry(
   'mla_decode',
-  dispatch.Implementation('tpu', tpu.mla_decode, ('tpu',), interpreted=mosaic_tpu.interpreted),
+  dispatch.Implementation('gpu', gpu.mla_decode, ('gpu',), mosaic_gpu.unavailable, unsuitable=gpu.unsuitable),
+  dispatch.Implementation('tpu', tpu.mla_decode, ('tpu',), interpreted=mosaic_tpu.interpreted,
+                          unsuitable=mosaic_tpu.unsuitable),
   dispatch.Implementation('xla', xla.mla_decode),
   dispatch.Implementation('reference', reference.mla_decode),
 )
@@ -24,18 +26,26 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, *, scale, value_width, pl
     are ignored. lengths_B: int32, valid keys of each sequence, its T newest included, at most max_pages * page.
   Query t sees keys < lengths_B - T + t + 1; one that sees none has o = 0 and lse = -inf. Cache rows past a sequence's
   length may hold anything, NaN included.
-  plan: a schedule shared by layers, for the implementations that split the work over a chip's cores; others ignore it.
+  plan: `make_plan(lengths_B, tokens=T, heads=N)`, made once and shared by layers; made here when None.
   return_lse: returns (o_BTNC, lse_BTN), lse the natural log of the sum of exp(scores), float32.
   implementation: None = the best for the platform, or a name of `mla_decode.implementations()`.
 
   Raises ValueError for shapes or names that do not fit, NotImplementedError for an implementation that cannot run here.
   """
   _check(q_BTNJ, pages_PSJ, table_BP, lengths_B, value_width)
-  run = registry.choose(implementation, q_BTNJ, pages_PSJ)
+  run = registry.choose(implementation, q_BTNJ, pages_PSJ, value_width=value_width)
   operands = dispatch.align_varying(q_BTNJ, pages_PSJ, table_BP, lengths_B)
   with jax.named_scope('mla_decode'):
     o_BTNC, lse_BTN = run(*operands, plan, scale, value_width)
   return (o_BTNC, lse_BTN) if return_lse else o_BTNC
+
+
+def make_plan(lengths_B, *, tokens, heads):
+  """How a chip's processors share the work of `mla_decode` on these lengths, for all layers of a step. None where the
+  best implementation does not split work: `plan=None` is always right, and this only saves making the plan again."""
+  if 'gpu' in registry.implementations(dispatch.platform(lengths_B)):
+    return gpu.make_plan(lengths_B, tokens * heads)
+  return None
 
 
 def _check(q_BTNJ, pages_PSJ, table_BP, lengths_B, value_width):

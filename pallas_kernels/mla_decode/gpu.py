@@ -24,28 +24,40 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import schedule
+from pallas_kernels.mosaic_gpu import MATRIX, ROW, TILES, across, any_in_warp, multiprocessors, opaque_zero, zeros
 
 ROWS = BLOCK = 64
-STREAMING_MULTIPROCESSORS = 132
 MERGE = 8  # partial results read at a time
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # of a running maximum: finite, so that exp2 of a masked score minus it is 0 and not NaN
-WG = plgpu.Layout.WGMMA
-ROW = plgpu.Layout.WGMMA.reduce(1)
-MULTICAST = True
-LAZY = 8.0
+LAZY = 8.0  # how far, in powers of two, a score may exceed the running maximum before that follows
 
 
-def programs(rows: int) -> tuple[int, int, int]:
-  """(blocks of 64 rows, programs a cluster, parts the keys are divided into) for T * N rows."""
-  blocks = -(-rows // ROWS)
-  cluster = 2 if blocks % 2 == 0 and MULTICAST else 1
-  return blocks, cluster, max(1, STREAMING_MULTIPROCESSORS // blocks)
+def _blocks(rows: int) -> int:
+  return -(-rows // ROWS)
 
 
 def make_plan(lengths_B, rows: int) -> schedule.Plan:
-  return schedule.make(lengths_B, programs(rows)[2])
+  """For rows = T * N: one program a streaming multiprocessor, those of the same keys in one part."""
+  return schedule.make(lengths_B, max(1, multiprocessors(lengths_B) // _blocks(rows)))
+
+
+def unsuitable(q_BTNJ, pages_PSJ, *, value_width) -> str | None:
+  """What about the operands this kernel does not serve, or None."""
+  width, page = pages_PSJ.shape[2], pages_PSJ.shape[1]
+  if not q_BTNJ.dtype == pages_PSJ.dtype == jnp.bfloat16:
+    return f'it takes bfloat16 and queries are {q_BTNJ.dtype}, the cache {pages_PSJ.dtype}'
+  if value_width not in (128, 256, 512) or width - value_width != 64:
+    return (f'it takes a latent of 128, 256 or 512 and a RoPE width of 64, and these are {value_width} and '
+            f'{width - value_width}')
+  if page not in (16, 32) and page % BLOCK:
+    return f'it takes pages of 16, 32 or a multiple of {BLOCK} tokens and these have {page}'
+  rows, most = q_BTNJ.shape[1] * q_BTNJ.shape[2], multiprocessors(q_BTNJ) * ROWS
+  if rows > most:
+    return f'it takes up to {most} rows (query tokens x heads) and these are {rows}'
+  return None
 
 
 def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width):
@@ -56,48 +68,11 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width)
   padded = -(-rows // 8) * 8  # TMA writes whole swizzle tiles of 8 rows
   q_BMJ = jnp.pad(q_BMJ, ((0, 0), (0, padded - rows), (0, 0)))
   plan = make_plan(lengths_B, rows) if plan is None else plan
-  kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1], q_BTNJ.dtype.name,
-                   float(scale))
+  kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1],
+                   len(plan.begin_P2) - 1, q_BTNJ.dtype.name, float(scale))
   o_BMC, lse_BM, *_ = kernel(q_BMJ, pages_PSJ, table_BP.astype(jnp.int32), lengths_B, *plan)
-  return (o_BMC[:, :rows].reshape(batch, t, heads, value_width), lse_BM[:, :rows].reshape(batch, t, heads))
-
-
-def _opaque_zero():
-  """A zero the compiler cannot see through. Indexing with it keeps wgmma descriptors, some 140 registers of them, from
-  being hoisted out of the loop, where they would spill."""
-  from jax.experimental.mosaic import gpu as mgpu
-  from jaxlib.mlir import ir
-  from jaxlib.mlir.dialects import llvm
-
-  @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
-  def zero(_):
-    register = llvm.inline_asm(ir.IntegerType.get_signless(32), [], 'mov.u32 $0, 0;', '=r', has_side_effects=True)
-    return mgpu.FragmentedArray.splat(register, (), is_signed=True)
-
-  return zero()
-
-
-def _any_in_warp(x_M):
-  """Whether any of the rows held by this warp is positive: an int32 that is the same in a warp, not in a warpgroup, so
-  only register arithmetic may depend on it."""
-  from jax.experimental.mosaic import gpu as mgpu
-  from jaxlib.mlir import ir
-  from jaxlib.mlir.dialects import arith, llvm, vector
-
-  @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
-  def vote(_, x):
-    zero = arith.constant(ir.F32Type.get(), 0.0)
-    rows = [vector.extract(r, [], [0]) for r in x.registers.flat]
-    positive = [arith.cmpf(arith.CmpFPredicate.OGT, r, zero) for r in rows]
-    mine = functools.reduce(arith.ori, positive)
-    i32 = ir.IntegerType.get_signless(32)
-    register = llvm.inline_asm(
-      i32, [arith.extui(i32, mine)],
-      '{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }', '=r,r',
-      has_side_effects=True)
-    return mgpu.FragmentedArray.splat(register, (), is_signed=True)
-
-  return vote(x_M)
+  outputs = o_BMC[:, :rows].reshape(batch, t, heads, value_width), lse_BM[:, :rows].reshape(batch, t, heads)
+  return dispatch.vary(outputs, dispatch.varying_axes(q_BTNJ))
 
 
 def _accumulate(issue, *accumulators):
@@ -106,12 +81,13 @@ def _accumulate(issue, *accumulators):
 
 
 def _columns(x_M, like_MN):
-  return lax.broadcast_in_dim(x_M, like_MN.shape, [0])
+  return across(x_M, like_MN.shape, 0)
 
 
 @functools.cache
-def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, dtype, scale):
-  blocks, cluster, parts = programs(rows)
+def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, parts, dtype, scale):
+  blocks = _blocks(rows)
+  cluster = 2 if blocks % 2 == 0 else 1
   groups = blocks // cluster
   half, rope = value_width // 2, width - value_width
   num_pages, page = pages_shape[:2]
@@ -119,6 +95,9 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
   score_scale = scale * LOG2_E
   dtype = jnp.dtype(dtype)
   merged = min(rows, ROWS)
+  row_layout = plgpu.Layout.WG_STRIDED((value_width,), value_width // 128)
+  # Of a thread, in the warpgroups that compute and in the one that loads; pages below a block are more addresses.
+  registers = (240, 24) if copies == 1 else (216, 72)
 
   def body(q_g, kv_g, table_g, lengths_g, begin_g, parts_g, o_g, lse_g, part_o_g, part_lse_g,
            q_left, q_right, q_rope, k_left, k_right, k_rope, max_s, sum_s,
@@ -150,10 +129,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         shrink = jnp.exp2(m_old - m_new)
         return o * _columns(shrink, o), l * shrink
 
-      return lax.cond(_any_in_warp(m_new - m_old) > 0, scale, lambda: (o, l))
-
-    def zeros(shape):
-      return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WG)
+      return lax.cond(any_in_warp(m_new - m_old), scale, lambda: (o, l))
 
     def row_of(value):
       return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW)
@@ -161,10 +137,10 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
     def mask(s, key_block, length):
       """Scores of keys the row does not see become -inf: past the length, or newer than the row's token."""
       def masked():
-        key = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=WG) + key_block * BLOCK
+        key = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=MATRIX) + key_block * BLOCK
         limit = length
         if t > 1:
-          row = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 0, layout=WG) + block * ROWS
+          row = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 0, layout=MATRIX) + block * ROWS
           limit = length - t + 1 + lax.div(row, jnp.full_like(row, heads))
         return jnp.where(key < limit, s, -jnp.inf)
 
@@ -176,8 +152,8 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
       def _():
         for column in range(0, half, 64):
           tile = k.at[slot, :, pl.ds(column, 64)]
-          row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=WG) + key_block * BLOCK
-          kept = plgpu.load(tile, layout=WG, optimized=False)
+          row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=MATRIX) + key_block * BLOCK
+          kept = plgpu.load(tile, layout=MATRIX, optimized=False)
           tile[...] = jnp.where(row < length, kept, jnp.zeros_like(kept))
         plgpu.commit_smem()
 
@@ -243,7 +219,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
               pieces = [lo + c * MERGE + u for u in range(MERGE)]
               slots = [jnp.where(p == lo, slot0, 2 * jnp.minimum(p, hi)) for p in pieces]
               lse2 = [jnp.where(p <= hi, part_lse_g[s, row], -jnp.inf) for p, s in zip(pieces, slots, strict=True)]
-              rows_C = [plgpu.load(part_o_g.at[s, row], layout=plgpu.Layout.WG_STRIDED((value_width,), 4),
+              rows_C = [plgpu.load(part_o_g.at[s, row], layout=row_layout,
                                    optimized=False) for s in slots]
               new = functools.reduce(jnp.maximum, lse2, top)
               shrink = jnp.exp2(top - new)
@@ -254,7 +230,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
                 o = o + x * w
               return new, total, o
 
-            o0 = plgpu.layout_cast(jnp.zeros((value_width,), jnp.float32), plgpu.Layout.WG_STRIDED((value_width,), 4))
+            o0 = plgpu.layout_cast(jnp.zeros((value_width,), jnp.float32), row_layout)
             top, total, o = lax.fori_loop(0, lax.div(hi - lo + MERGE, jnp.int32(MERGE)), some,
                                           (jnp.float32(LOWEST), jnp.float32(0), o0))
             seen = total > 0
@@ -266,14 +242,14 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
       pl.when(segments > 1)(lambda: request_of(segments - 1))
 
     def consumer(side, work):
-      plgpu.set_max_registers(240, action='increase')
+      plgpu.set_max_registers(registers[0], action='increase')
 
       @pl.loop(0, segments)
       def _(i):
         request, length, steps, begin, end = segment(i)
         plgpu.barrier_wait(q_ready)
         o, l, m = lax.cond(begin < end, lambda: work(length, begin, end),
-                           lambda: (zeros((ROWS, half)), row_of(0.0), row_of(LOWEST)))
+                           lambda: (zeros(ROWS, half), row_of(0.0), row_of(LOWEST)))
         epilogue(o, l, m, side, request, (begin > 0) | (end < steps))
 
       merge(side)
@@ -292,12 +268,12 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         plgpu.wgmma(acc, q_right.at[z], k_right.at[z].T)
         plgpu.wgmma(acc, q_rope.at[z], k_rope.at[z].T)
 
-      zero = _opaque_zero()
-      s, = _accumulate(lambda acc: scores(acc, zero), zeros((ROWS, BLOCK)))
+      zero = opaque_zero()
+      s, = _accumulate(lambda acc: scores(acc, zero), zeros(ROWS, BLOCK))
 
       def step(i, carry):
         o, s, l, m = carry
-        zero = _opaque_zero()
+        zero = opaque_zero()
         s = mask(s, 2 * i, length)
         m0 = raised(m, s.max(axis=1) * score_scale)
         max_s[0] = m0
@@ -311,7 +287,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         free(0)
         plgpu.barrier_wait(b_max1)
         m1 = plgpu.load(max_s.at[1], layout=ROW)
-        rise = _any_in_warp(m1 - m0) > 0
+        rise = any_in_warp(m1 - m0)
 
         def scale_weights():
           weights = p16.astype(jnp.float32)
@@ -328,10 +304,10 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
           plgpu.wgmma(o_acc, k_rope.at[zero + 1], k_left.at[zero + 1])
           scores(s_acc, zero, last_free=2, load=i + 1 < end)
 
-        o, s = _accumulate(second, o, zeros((ROWS, BLOCK)))
+        o, s = _accumulate(second, o, zeros(ROWS, BLOCK))
         return o, s, l, m1
 
-      o, _, l, m = lax.fori_loop(begin, end, step, (zeros((ROWS, half)), s, row_of(0.0), row_of(LOWEST)))
+      o, _, l, m = lax.fori_loop(begin, end, step, (zeros(ROWS, half), s, row_of(0.0), row_of(LOWEST)))
       return o, l, m
 
     def right(length, begin, end):
@@ -342,12 +318,12 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
         plgpu.wgmma(acc, q_left.at[z], k_left.at[z + 1].T)
         plgpu.wgmma(acc, q_rope.at[z], k_rope.at[z + 1].T)
 
-      zero = _opaque_zero()
-      s, = _accumulate(lambda acc: scores(acc, zero), zeros((ROWS, BLOCK)))
+      zero = opaque_zero()
+      s, = _accumulate(lambda acc: scores(acc, zero), zeros(ROWS, BLOCK))
 
       def step(i, carry):
         o, s, l, m = carry
-        zero = _opaque_zero()
+        zero = opaque_zero()
         s = mask(s, 2 * i + 1, length)
         top = s.max(axis=1) * score_scale
         plgpu.barrier_wait(b_max0)
@@ -374,10 +350,10 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
 
         o, = _accumulate(values, o)
         free(1)
-        s, = _accumulate(lambda acc: scores(acc, zero, load=i + 1 < end), zeros((ROWS, BLOCK)))
+        s, = _accumulate(lambda acc: scores(acc, zero, load=i + 1 < end), zeros(ROWS, BLOCK))
         return o, s, l, m1
 
-      o, _, l, m = lax.fori_loop(begin, end, step, (zeros((ROWS, half)), s, row_of(0.0), row_of(LOWEST)))
+      o, _, l, m = lax.fori_loop(begin, end, step, (zeros(ROWS, half), s, row_of(0.0), row_of(LOWEST)))
       return o, l, m
 
     def load_block(request, key_block, exists, k, slot, column, columns, ready):
@@ -405,7 +381,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
           plgpu.barrier_arrive(ready)
 
     def producer():
-      plgpu.set_max_registers(24, action='decrease')
+      plgpu.set_max_registers(registers[1], action='decrease')
 
       def run(i, loaded):
         request, length, _, begin, end = segment(i)
@@ -441,7 +417,6 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
     pl.when(wg == 1)(lambda: consumer(1, right))
     pl.when(wg == 2)(producer)
 
-  tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
   barrier = plgpu.Barrier
   if cluster > 1:
     k_free = plgpu.ClusterBarrier(collective_axes=('member',), num_barriers=4)
@@ -454,8 +429,8 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, d
     out_type=(jax.ShapeDtypeStruct((batch, rows, value_width), dtype), jax.ShapeDtypeStruct((batch, rows), f32),
               jax.ShapeDtypeStruct((2 * parts, blocks * ROWS, value_width), f32),
               jax.ShapeDtypeStruct((2 * parts, blocks * ROWS), f32)),
-    scratch_types=[*(plgpu.SMEM((1, ROWS, n), dtype, transforms=tiled) for n in (half, half, rope)),
-                   *(plgpu.SMEM((2, BLOCK, n), dtype, transforms=tiled) for n in (half, half, rope)),
+    scratch_types=[*(plgpu.SMEM((1, ROWS, n), dtype, transforms=TILES) for n in (half, half, rope)),
+                   *(plgpu.SMEM((2, BLOCK, n), dtype, transforms=TILES) for n in (half, half, rope)),
                    plgpu.SMEM((2, ROWS), f32), plgpu.SMEM((2, ROWS), f32),
                    barrier(num_arrivals=3), barrier(num_arrivals=2),
                    barrier(num_arrivals=copies, num_barriers=2), barrier(num_arrivals=2 * copies, num_barriers=2),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 STEP_KEYS = 128  # two blocks of 64 keys, one for each warpgroup
 OVERHEAD = 2  # steps' worth of time: queries loaded, the first keys awaited, the output written
 SHORTEST = 2  # steps: a cut this near the end of a request moves to its end
+PIECE = 2  # steps: no more parts than leave each as much. Longer pieces leave a short batch on few processors
 
 
 class Plan(NamedTuple):
@@ -29,8 +30,7 @@ def make(lengths_B, parts: int) -> Plan:
   steps_B = -(-lengths_B.astype(jnp.int32) // STEP_KEYS)
   end_B = jnp.cumsum(steps_B + OVERHEAD)
   total, start_B = end_B[-1], end_B - steps_B - OVERHEAD
-  # No more parts than leave each a piece worth its own overhead.
-  used = jnp.clip(total // (SHORTEST + 1), 1, parts)
+  used = jnp.clip(total // PIECE, 1, parts)
   cut_P = _share(total, jnp.arange(parts + 1), used)
   request_P = jnp.searchsorted(end_B, cut_P, side='right', method='compare_all').astype(jnp.int32)
   past_P = request_P >= len(lengths_B)
@@ -49,7 +49,7 @@ def make(lengths_B, parts: int) -> Plan:
 
   # Part p works on request b if it begins before b's end and the next part begins after b's start.
   request = jnp.arange(len(lengths_B))
-  first_B = jnp.searchsorted(begin_P2[1:, 0] * (1 << 1) + (begin_P2[1:, 1] > 0), request * 2, side='right',
+  first_B = jnp.searchsorted(2 * begin_P2[1:, 0] + (begin_P2[1:, 1] > 0), request * 2, side='right',
                              method='compare_all')
   last_B = jnp.searchsorted(begin_P2[1:, 0], request, side='right', method='compare_all')
   return Plan(begin_P2, jnp.stack([first_B, jnp.minimum(last_B, parts - 1)], axis=1).astype(jnp.int32))

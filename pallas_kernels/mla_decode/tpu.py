@@ -1,5 +1,5 @@
-"""Latent attention over a paged cache for TPU (Mosaic): one pass over each sequence's pages, copied in while the previous
-chunk is multiplied.
+"""Latent attention over a paged cache for TPU (Mosaic): one pass over each sequence's pages, copied in while the
+previous chunk is multiplied.
 
 The cache has one head, so the T N queries of a sequence are the rows of one matrix and each page is read once for all
 of them. A work item is a block of those rows; nearly always that is the whole sequence. The copies of the next item's

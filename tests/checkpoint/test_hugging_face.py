@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import itertools
 import json
 import logging
 import shutil
@@ -15,8 +16,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mla_jax.axes import is_variable
-from mla_jax.checkpoint import hugging_face
-from mla_jax.checkpoint.hugging_face import HFError, config_from_hf
+from mla_jax.checkpoint import hugging_face, published
+from mla_jax.checkpoint.published_config import config_from_hf
+from mla_jax.checkpoint.tensor_files import HFError, Stored
 from mla_jax.config import ConfigError, RopeScaling
 from mla_jax.model import transformer
 
@@ -44,6 +46,7 @@ V3 = V2 | dict(
     num_experts_per_tok=8, num_hidden_layers=61, num_nextn_predict_layers=1,
     rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0), routed_scaling_factor=2.5, scoring_func='sigmoid',
     topk_group=4, topk_method='noaux_tc', vocab_size=129280)
+FP8 = dict(quant_method='fp8', fmt='e4m3', activation_scheme='dynamic', weight_block_size=[128, 128])
 PUBLISHED = {'deepseek_v2_lite': V2_LITE, 'deepseek_v2': V2, 'deepseek_v3': V3}
 
 
@@ -96,9 +99,9 @@ def test_the_table_reads_both_ways(name):
             for path, leaf in jax.tree_util.tree_leaves_with_path(params | buffers)}
   stored = stored_tensors(GOLDEN / name)
   rebuilt, covered = {}, dict.fromkeys(arrays, 0)
-  for place in hugging_face.places(config, {path: a.shape for path, a in arrays.items()}):
+  for place in itertools.chain(*published.places(config, {path: a.shape for path, a in arrays.items()}).values()):
     tensor = rebuilt.setdefault(place.name, np.zeros_like(stored[place.name]))
-    for theirs, ours in hugging_face.views(tensor, arrays[place.path][place.index], place.row, config):
+    for theirs, ours in published.views(tensor, arrays[place.path][place.index], place.row, config):
       theirs[...] = ours
       covered[place.path] += ours.size
   assert covered == {path: a.size if config.uses_selection_bias or path != ('bias_LE',) else 0
@@ -124,13 +127,62 @@ def test_some_tensors_lie_where_they_should():
   np.testing.assert_array_equal(buffers['bias_LE'][3], stored['model.layers.4.mlp.gate.e_score_correction_bias'])
 
 
-def test_v3_has_as_many_tensors_as_the_release():
-  """DeepSeek-R1: 91,991 tensors with the repeated embedding and head and a scale beside every FP8 matrix."""
+def released_v3() -> dict[str, tuple[int, ...]]:
+  """Names and shapes of all tensors of DeepSeek-V3, R1 and V3.1, written down from the release's own dimensions."""
+  out = {'model.embed_tokens.weight': (129280, 7168), 'model.norm.weight': (7168,), 'lm_head.weight': (129280, 7168)}
+
+  def matrix(name, *shape):
+    out[name] = shape
+    out[f'{name}_scale_inv'] = tuple((size + 127) // 128 for size in shape)
+
+  def mlp(prefix, width):
+    matrix(f'{prefix}gate_proj.weight', width, 7168)
+    matrix(f'{prefix}up_proj.weight', width, 7168)
+    matrix(f'{prefix}down_proj.weight', 7168, width)
+
+  for layer in range(62):
+    prefix = f'model.layers.{layer}.'
+    for norm in ('input_layernorm', 'post_attention_layernorm'):
+      out[f'{prefix}{norm}.weight'] = (7168,)
+    matrix(f'{prefix}self_attn.q_a_proj.weight', 1536, 7168)
+    out[f'{prefix}self_attn.q_a_layernorm.weight'] = (1536,)
+    matrix(f'{prefix}self_attn.q_b_proj.weight', 24576, 1536)
+    matrix(f'{prefix}self_attn.kv_a_proj_with_mqa.weight', 576, 7168)
+    out[f'{prefix}self_attn.kv_a_layernorm.weight'] = (512,)
+    matrix(f'{prefix}self_attn.kv_b_proj.weight', 32768, 512)
+    matrix(f'{prefix}self_attn.o_proj.weight', 7168, 16384)
+    if layer < 3:
+      mlp(f'{prefix}mlp.', 18432)
+      continue
+    out[f'{prefix}mlp.gate.weight'], out[f'{prefix}mlp.gate.e_score_correction_bias'] = (256, 7168), (256,)
+    mlp(f'{prefix}mlp.shared_experts.', 2048)
+    for expert in range(256):
+      mlp(f'{prefix}mlp.experts.{expert}.', 2048)
+  prefix = 'model.layers.61.'
+  out |= {f'{prefix}enorm.weight': (7168,), f'{prefix}hnorm.weight': (7168,), f'{prefix}eh_proj.weight': (7168, 14336),
+          f'{prefix}embed_tokens.weight': (129280, 7168), f'{prefix}shared_head.norm.weight': (7168,),
+          f'{prefix}shared_head.head.weight': (129280, 7168)}
+  return out
+
+
+def test_all_tensors_of_the_released_v3():
+  expected = released_v3()
+  assert len(expected) == 91_991
   config = config_from_hf(V3)
-  shapes = dict(hugging_face.leaves(transformer.abstract(config).params))
-  names = {place.name for place in hugging_face.places(config, shapes)}
-  scales = [n for n in names if '_proj' in n and 'eh_proj' not in n]
-  assert len(names) + len(hugging_face.REPEATED) + len(scales) == 91_991
+  shapes = published.shapes(config)
+  assert published.tensors(config, shapes, fp8=True) == expected
+  # What the loader itself asks of a directory with these headers.
+  def header(name, shape):
+    fp8 = f'{name}_scale_inv' in expected
+    return Stored(Path('file'), 'F8_E4M3' if fp8 else 'F32' if 'inv' in name or 'bias' in name else 'BF16', shape, 0)
+
+  stored = {name: header(name, shape) for name, shape in expected.items()}
+  values = V3 | dict(quantization_config=FP8)
+  found, repeats = published.tensors(config, shapes), published.repeats(config)
+  assert hugging_face.check('R1', values, stored, found, repeats) == (128, 128)
+  lost = 'model.layers.61.mlp.experts.255.down_proj.weight_scale_inv'
+  with pytest.raises(HFError, match=f'{lost} is missing'):
+    hugging_face.check('R1', values, {name: s for name, s in stored.items() if name != lost}, found, repeats)
 
 
 def test_a_dtype_leaves_norms_and_routers_in_float32():
@@ -219,7 +271,7 @@ BAD_TENSORS = {
     'another head': (lambda t: scale(t, 'model.layers.3.shared_head.head.weight'),
                      'model.layers.3.shared_head.head.weight differs from lm_head.weight'),
     'FP8': (lambda t: t.update({'lm_head.weight': np.zeros((60, 48), ml_dtypes.float8_e4m3fn)}),
-            'lm_head.weight is F8_E4M3; only BF16, F16, F32 can be read'),
+            'lm_head.weight is F8_E4M3, but config.json has no quantization_config'),
     'integers': (lambda t: t.update({'model.norm.weight': np.zeros(48, np.int64)}), 'model.norm.weight is I64'),
 }
 
@@ -252,8 +304,8 @@ BAD_FILES = {
     'empty file': (lambda f: (f / 'mtp.safetensors').write_bytes(b''), 'mtp.safetensors can not be read'),
     'twice': (lambda f: shutil.copy(f / 'mtp.safetensors', f / 'more.safetensors'),
               'is in more.safetensors and in mtp.safetensors; remove one'),
-    'FP8': (lambda f: rewrite_config(f, quantization_config={'quant_method': 'fp8', 'fmt': 'e4m3'}),
-            'holds quantized weights'),
+    'AWQ': (lambda f: rewrite_config(f, quantization_config={'quant_method': 'awq', 'bits': 4}),
+            "'awq', 'bits': 4} is not supported; only quant_method 'fp8'"),
     'other sizes': (lambda f: rewrite_config(f, kv_lora_rank=24), 'misshapen 15 ('),
 }
 
@@ -284,6 +336,32 @@ def test_published_configs(name):
   assert config_from_hf(newer) == expected
 
 
+GROUPED = dict(hidden_act='silu', hidden_size=4096, intermediate_size=14336, max_position_embeddings=32768,
+               num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-5,
+               tie_word_embeddings=False, torch_dtype='bfloat16', vocab_size=32000)
+
+
+@pytest.mark.parametrize(('values', 'expected'), [
+    # Llama-2-7B leaves some to defaults; Mistral-7B-v0.1; Qwen2.5-0.5B.
+    (dict(model_type='llama', attention_bias=False, mlp_bias=False, num_key_value_heads=None, rope_scaling=None,
+          pretraining_tp=1), dict(kv_heads=32, qk_head_dim=128, rope_theta=10000.0, attention_bias=False)),
+    (dict(model_type='mistral', sliding_window=4096, rope_theta=10000.0, head_dim=None),
+     dict(kv_heads=8, qk_head_dim=128, attention_bias=False)),
+    (dict(model_type='qwen2', hidden_size=896, num_attention_heads=14, num_key_value_heads=2, rope_theta=1000000.0,
+          sliding_window=32768, use_sliding_window=False, max_window_layers=21, tie_word_embeddings=True),
+     dict(kv_heads=2, qk_head_dim=64, attention_bias=True, rope_theta=1000000.0, tie_word_embeddings=True)),
+])
+def test_grouped_query_configs(values, expected, caplog):
+  config = config_from_hf(GROUPED | values)
+  assert config.attention == 'gqa'
+  assert {key: getattr(config, key) for key in expected} == expected
+  assert ('sliding_window=4096 is not kept' in caplog.text) == (values['model_type'] == 'mistral')
+  with pytest.raises(ConfigError, match="only type 'yarn'"):
+    config_from_hf(GROUPED | values | dict(rope_scaling=dict(rope_type='llama3', factor=8.0)))
+  with pytest.raises(ConfigError, match='mla'):
+    config_from_hf(GROUPED | values | dict(rope_scaling=YARN))
+
+
 def test_what_null_means():
   values = V2_LITE | dict(n_group=None, topk_group=None, n_shared_experts=None, rope_scaling=None, num_nextn=None)
   made = config_from_hf(values)
@@ -299,7 +377,7 @@ def test_yarn_without_mscale_all_dim_keeps_the_softmax_scale():
 
 
 @pytest.mark.parametrize(('changes', 'line'), [
-    (dict(model_type='llama'), "model_type='llama' is unknown; use one of 'deepseek_v2', 'deepseek_v3'"),
+    (dict(model_type='gpt2'), "model_type='gpt2' is unknown; use one of 'deepseek_v2', 'deepseek_v3'"),
     (dict(model_type=None), 'model_type=None is unknown'),
     (dict(kv_lora_rank=None, v_head_dim=None), 'config.json lacks kv_lora_rank, v_head_dim'),
     (dict(moe_intermediate_size=None), 'config.json lacks moe_intermediate_size'),

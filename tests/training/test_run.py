@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mla_jax.checkpoint import store
+from mla_jax.checkpoint import hugging_face, store
 from mla_jax.config import ConfigError, OptimizerConfig
 from mla_jax.training import hooks, loop
 from tests.training import small
@@ -188,6 +189,19 @@ def test_init_from_another_run(config, finished, tmp_path):
   wider = dataclasses.replace(one, model=dataclasses.replace(one.model, intermediate_size=64))
   with pytest.raises(ConfigError, match=r'another network: model.intermediate_size \(48 there, 64 here\)'):
     loop.train(wider, str(tmp_path / 'wider'), init_from=str(finished))
+
+
+def test_init_from_a_hugging_face_directory(config, finished, tmp_path, caplog):
+  params, buffers = weights(finished)
+  hugging_face.save(tmp_path / 'hf', config.model, params, buffers, file_bytes=20_000)
+  one = dataclasses.replace(
+      config, training=dataclasses.replace(config.training, steps=1), optimizer=OptimizerConfig(learning_rate=1e-12),
+      model=dataclasses.replace(config.model, routed_scaling_factor=1.5))
+  with caplog.at_level(logging.WARNING):
+    assert loop.train(one, str(tmp_path / 'tuned'), init_from=str(tmp_path / 'hf')) == 0
+  for a, b in zip(jax.tree.leaves(weights(tmp_path / 'tuned')[0]), jax.tree.leaves(params), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-9)
+  assert 'made with another model.routed_scaling_factor (1.0 there, 1.5 here)' in caplog.text
 
 
 def test_a_dense_model_without_mtp_trains_and_is_read_back(config, tmp_path):
