@@ -56,6 +56,20 @@ def interpreted() -> bool:
 
 
 @functools.lru_cache(maxsize=64)
+def balanced_schedule(costs: tuple[int, ...], heads: int, most: int, workers: int):
+  """`list_schedule` with groups of at most `most` heads, of the size that leaves the workers idle for least at the end.
+
+  A last group of few heads starts its dearest tiles when little else is left: nine heads together instead of eight
+  cost 9% of the time of 64 heads with 32 tiles each.
+  """
+  fewest = -(-heads // most)
+  # With so many items to a worker the end hardly counts, and trying takes long.
+  counts = range(fewest, 2 * fewest + 1) if heads * len(costs) <= 100 * workers else (fewest,)
+  sizes = sorted({-(-heads // n) for n in counts}, reverse=True)
+  return min((list_schedule(costs, heads, size, workers) for size in sizes), key=lambda schedule: max(
+    sum(costs[tile] for tile, _ in own) for own in schedule))
+
+
 def list_schedule(costs: tuple[int, ...], heads: int, group: int, workers: int):
   """The items (tile, head) of each worker, in order; an item costs costs[tile].
 

@@ -53,10 +53,10 @@ class Attention:
     """(int32 [programs, most items, 5], int32 [programs]): items as (row of the batch, head, tile, first block,
     blocks), and how many items each program has."""
     blocks = self.blocks(side, block)
-    group = max(1, int(L2_SHARE / (max(self.t, self.s) * 2 * (self.width + self.value_width))))
+    most = max(1, int(L2_SHARE / (max(self.t, self.s) * 2 * (self.width + self.value_width))))
     # What a tile costs beyond its blocks, loading its own rows and writing the result, is about one block more.
-    schedule = mosaic_gpu.list_schedule(tuple(int(n) + 1 for n in blocks[:, 1]), self.batch * self.heads, group,
-                                        mosaic_gpu.multiprocessors())
+    schedule = mosaic_gpu.balanced_schedule(tuple(int(n) + 1 for n in blocks[:, 1]), self.batch * self.heads, most,
+                                            mosaic_gpu.multiprocessors())
     items = np.zeros((len(schedule), max(map(len, schedule)), 2), np.int32)
     for row, own in zip(items, schedule, strict=True):
       row[:len(own)] = own

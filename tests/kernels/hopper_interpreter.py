@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu
 
@@ -98,7 +97,7 @@ def interpreter(monkeypatch):
   monkeypatch.setattr(mosaic_gpu, 'multiprocessors', lambda *_: MULTIPROCESSORS)
   gpu_callbacks.reset_gpu_interpret_mode_state()
   try:
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with mosaic_gpu.interpreter():
       yield lambda: interpret_pallas_call.get_races().races_found
   finally:
     gpu_callbacks.reset_gpu_interpret_mode_state()
