@@ -46,7 +46,7 @@ CHIPS = {
   'TPU v6 lite': _V6E, 'TPU v6e': _V6E,
   'TPU7x': Chip(64 * MIB, attention_block=1024, matmul_unit=256, multiplies_fp8=True, decode_keys=1024),
   # Interpreted: blocks so small that small arrays have several.
-  'cpu': Chip(16 * MIB, attention_block=32, matmul_rows=16, matmul_columns=16, decode_keys=64),
+  'cpu': Chip(16 * MIB, attention_block=64, matmul_rows=16, matmul_columns=16, decode_keys=64),
 }
 OTHER = Chip(16 * MIB, attention_block=256, matmul_rows=256)  # TPU v4 and older
 
