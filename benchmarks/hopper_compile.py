@@ -4,7 +4,8 @@
   .venv-hopper/bin/python -m benchmarks.hopper_compile [--only=mla_decode]
 
 Each kernel is compiled to machine code for an absent H200, whose description `h200.txtpb` is (printed by one, through
-`xla_client.get_topology_for_devices`). A JSON line a kernel: registers a thread, bytes spilled to memory, seconds.
+`xla_client.get_topology_for_devices`). A JSON line a case: for each of its kernels the registers a thread and the bytes
+spilled to memory, and whether the assembler made products wait for each other.
 """
 
 import functools
@@ -15,7 +16,7 @@ import re
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['MOSAIC_GPU_DUMP_PTXAS'] = '1'  # the assembler's report, on the process's output
@@ -25,21 +26,21 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import mla_decode
+from pallas_kernels import flash_attention, grouped_matmul, mla_decode
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
 
 @dataclass(frozen=True)
 class Case:
-  """function(*operands) holds one kernel; operands: (shape, dtype). spills: bytes allowed."""
+  """function(*operands) holds the kernels; operands: (shape, dtype). spills: bytes stored that a kernel may, if any."""
 
   name: str
   function: object
   operands: tuple
-  spills: int = 0
+  spills: dict = field(default_factory=dict)
 
   def __str__(self):
     return self.name
@@ -50,10 +51,53 @@ def decode(name, batch, keys, heads, tokens, page=64, value_width=512, spills=0)
   return Case(f'mla_decode, {name}',
               functools.partial(mla_decode, scale=0.1, value_width=value_width, implementation='gpu'),
               (((batch, tokens, heads, width), BF16), ((batch * keys // page + 1, page, width), BF16),
-               ((batch, keys // page), I32), ((batch,), I32)), spills)
+               ((batch, keys // page), I32), ((batch,), I32)), {'mla_decode': spills})
 
 
+def attention(name, t, s, heads, width, value_width, causal=True, segmented=False, spills=None):
+  """Forward and both kernels of the gradients."""
+  def loss(q, k, v, *ids):
+    ids = dict(zip(('q_segments', 'kv_segments'), ids, strict=True)) if segmented else {}
+    o, lse = flash_attention(q, k, v, scale=0.1, causal=causal, return_lse=True, implementation='gpu', **ids)
+    return o.astype(F32).sum() + lse.sum()
+
+  ids = (((2, t), I32), ((2, s), I32)) if segmented else ()
+  operands = ((2, t, heads, width), BF16), ((2, s, heads, width), BF16), ((2, s, heads, value_width), BF16), *ids
+  return Case(f'flash_attention, {name}', jax.grad(loss, (0, 1, 2)), operands, spills or {})
+
+
+def grouped(name, groups, m, k, n, out=BF16):
+  """Forward, and the gradients' kernels."""
+  multiply = functools.partial(grouped_matmul, out_dtype=out, implementation='gpu')
+  operands = ((m, k), BF16), ((groups, k, n), BF16), ((groups,), I32)
+  gradients = lambda lhs, rhs, sizes, dy: jax.vjp(lambda *x: multiply(*x, sizes), lhs, rhs)[1](dy)
+  return (Case(f'grouped_matmul, {name}', multiply, operands),
+          Case(f'grouped_matmul, {name}, gradients', gradients, (*operands, ((m, n), out))))
+
+
+def grouped_fp8(name, groups, m, k, n):
+  """Weights stored with the contraction innermost."""
+  multiply = lambda lhs, rhs_GNK, *rest: grouped_matmul(lhs, rhs_GNK.swapaxes(1, 2), *rest, implementation='gpu')
+  return Case(f'grouped_matmul, {name}, FP8', multiply,
+              (((m, k), jnp.float8_e4m3fn), ((groups, n, k), jnp.float8_e4m3fn), ((groups,), I32),
+               ((m, k // 128), F32), ((groups, k // 128, -(-n // 128)), F32)))
+
+
+DKV = 'flash_attention_dkv'
 CASES = (
+  # Of what dkv spills, nothing lies in the loop over blocks that need no mask.
+  attention('V3', 4096, 4096, 128, 192, 128, spills={DKV: 184}),
+  attention('Lite, packed documents', 4096, 4096, 16, 192, 128, segmented=True,
+            spills={'flash_attention_forward': 32, DKV: 224}),
+  attention('chunked prefill, odd lengths', 1000, 4093, 16, 192, 128, spills={DKV: 184}),
+  attention('equal widths', 2048, 2048, 32, 128, 128),
+  attention('narrow, all keys', 77, 300, 4, 64, 64, causal=False),
+  *grouped('V3 gate and up', 32, 32768, 7168, 4096),
+  *grouped('V3 down', 32, 8192, 2048, 7168),
+  *grouped('Lite gate', 64, 32768, 2048, 1408),
+  *grouped('float32 result, odd rows', 8, 1001, 192, 320, F32),
+  grouped_fp8('V3 gate and up', 32, 32768, 7168, 4096),
+  grouped_fp8('Lite down', 64, 32768, 1408, 2048),
   decode('V3, one token', 128, 4096, 128, 1),
   decode('V3, two tokens', 128, 4096, 128, 2),
   decode('Lite, one token', 128, 4096, 16, 1),
@@ -71,25 +115,25 @@ def _sharding():
   description = pathlib.Path(__file__).with_name('h200.txtpb').read_text()
   topology = topologies.get_topology_desc(platform='cuda', topology_name='h200', target_config=description,
                                           topology='1x1x1')
-  return NamedSharding(Mesh(np.array(topology.devices), ('device',)), PartitionSpec())
+  return NamedSharding(Mesh(np.array(topology.devices), ('device',), axis_types=(AxisType.Auto,)), PartitionSpec())
 
 
 def compile_case(case: Case) -> dict:
-  """Compiles for an H200; returns what the assembler reported of the largest kernel.
+  """Compiles for an H200; returns what the assembler reported of each kernel.
 
-  Raises RuntimeError if no report came: jax's CUDA plugin prints it, and a cached program does not.
+  Raises RuntimeError if no report came: jax's CUDA plugin prints it, and a cached program has none.
   """
   operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding()) for shape, dtype in case.operands]
   start = time.perf_counter()
-  with _output() as report:
+  with _output() as report, jax.set_mesh(_sharding().mesh):
     jax.jit(case.function).lower(*operands).compile()
   text = report()
-  spills = [int(stores) + int(loads) for stores, loads in
-            re.findall(r'(\d+) bytes spill stores, (\d+) bytes spill loads', text)]
-  registers = [int(n) for n in re.findall(r'Used (\d+) registers', text)]
-  if not registers:
+  kernels = re.findall(r'Function properties for (\w+?)(?:_mosaic_gpu_kernel)?\n.*?(\d+) bytes spill stores', text)
+  registers = re.findall(r'Used (\d+) registers', text)
+  if not kernels:
     raise RuntimeError(f'{case}: the assembler reported nothing; it said {text[-300:]!r}')
-  return dict(case=case.name, registers=max(registers), spill_bytes=max(spills), seconds=time.perf_counter() - start)
+  return dict(case=case.name, spilled_bytes={name: int(stored) for name, stored in kernels},
+              registers=max(map(int, registers)), serialized='serialized' in text, seconds=time.perf_counter() - start)
 
 
 class _output:

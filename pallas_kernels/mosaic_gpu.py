@@ -1,5 +1,7 @@
 """What the Hopper kernels share: when they can run, how work is spread over the chip, and tricks of the trade."""
 
+import contextlib
+import contextvars
 import functools
 import heapq
 
@@ -15,6 +17,7 @@ TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of 16-b
 MATRIX = plgpu.Layout.WGMMA  # of a 64-row matrix in the registers of a warpgroup
 ROW = plgpu.Layout.WGMMA.reduce(1)  # of one number a row of it
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # of one number a column of it
+_interpreting = contextvars.ContextVar('interpreting', default=False)
 
 
 def unavailable() -> str | None:
@@ -27,8 +30,29 @@ def unavailable() -> str | None:
 
 def multiprocessors(*operands) -> int:
   """Streaming multiprocessors of the GPU that the program being traced is for; an H200's 132 where it does not say."""
+  if interpreted():
+    return 4
   device = dispatch.device(*operands)
   return getattr(device, 'core_count', None) or getattr(device, 'num_cores', None) or 132
+
+
+@contextlib.contextmanager
+def interpreter(**options):
+  """Inside it programs traced for the CPU may use the Hopper kernels, which run in Pallas' simulation of a GPU.
+
+  options: of `plgpu.InterpretGPUParams`; by default races are looked for.
+  """
+  token = _interpreting.set(True)
+  try:
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**{'detect_races': True, **options})):
+      yield
+  finally:
+    _interpreting.reset(token)
+
+
+def interpreted() -> bool:
+  """Whether `interpreter` is in force."""
+  return _interpreting.get()
 
 
 @functools.lru_cache(maxsize=64)
@@ -157,6 +181,18 @@ def multiply_add(total, a, b):
     return acc[...]
 
   return pl.run_scoped(product, accumulator(*total.shape))
+
+
+def copy_where(condition, source, target):
+  """Starts the copy of source in shared memory to GMEM, uncommitted, if condition.
+
+  A predicate rather than a branch: with dozens of branches around large arrays in registers LLVM does not finish. Pallas'
+  interpreter knows branches only.
+  """
+  if interpreted():
+    pl.when(condition)(lambda: plgpu.copy_smem_to_gmem(source, target, commit_group=False))
+  else:
+    plgpu.copy_smem_to_gmem(source, target, condition, commit_group=False)
 
 
 def store_tile(x, staging, destination):

@@ -83,13 +83,7 @@ def interpreted() -> bool:
 
 def unsuitable(*operands, **_) -> str | None:
   """For `dispatch.Implementation`: these kernels compute what one device holds."""
-  meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in operands if x is not None)]
-  for mesh in meshes:
-    axes = [f'{name}={size}' for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-            if size > 1 and kind != AxisType.Manual]
-    if axes:
-      return f'the compiler cannot divide it over the mesh ({", ".join(axes)}): call the op inside jax.shard_map'
-  return None
+  return dispatch.divided(*operands)
 
 
 def call(kernel, operands, *, out_shape, grid, in_specs, out_specs, scratch_shapes, dimensions, prefetched=0, name):

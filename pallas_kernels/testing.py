@@ -100,7 +100,8 @@ def grouped_matmul_fp8_case(name, sizes, m, k, n):
   return Case(name, arrays, tolerance=TOLERANCE['bfloat16'])
 
 
-def flash_attention_case(name, t=75, s=75, causal=True, documents=None, dtype='float32', heads=2, h=24, v=16):
+def flash_attention_case(name, t=75, s=75, causal=True, documents=None, dtype='float32', heads=2, h=24, v=16,
+                         scale=0.3):
   """documents: lengths of the segments, counted back from the last key and query; None = no segments."""
   def arrays(rng):
     segments = {'q_segments': None, 'kv_segments': None}
@@ -112,7 +113,7 @@ def flash_attention_case(name, t=75, s=75, causal=True, documents=None, dtype='f
     return {'q_BTNH': _normal(rng, (2, t, heads, h), dtype), 'k_BSNH': _normal(rng, (2, s, heads, h), dtype),
             'v_BSNV': _normal(rng, (2, s, heads, v), dtype), **segments}
 
-  return Case(name, arrays, {'scale': 0.3, 'causal': causal, 'return_lse': True}, ('q_BTNH', 'k_BSNH', 'v_BSNV'),
+  return Case(name, arrays, {'scale': scale, 'causal': causal, 'return_lse': True}, ('q_BTNH', 'k_BSNH', 'v_BSNV'),
               TOLERANCE[dtype])
 
 
@@ -136,6 +137,8 @@ def _normal(rng, shape, dtype):
   return rng.standard_normal(shape, np.float32).astype(getattr(ml_dtypes, dtype, dtype))
 
 
+WIDE = {'dtype': 'bfloat16', 'heads': 1, 'h': 192, 'v': 128, 'scale': 0.07}  # what the kernels for Hopper take
+
 CASES = {
   'grouped_matmul': (
     grouped_matmul_case('uneven groups and a tail', (5, 0, 17, 1, 20)),
@@ -144,7 +147,9 @@ CASES = {
     grouped_matmul_case('no rows at all', (0, 0, 0, 0, 0)),
     grouped_matmul_case('bfloat16', (5, 0, 17, 1, 20), dtype='bfloat16'),
     grouped_matmul_case('fewer rows than groups', (0, 1, 0, 0, 1, 0, 0), m=3),
+    grouped_matmul_case('bfloat16, tiles of a GPU', (70, 0, 98, 9), m=197, k=64, n=192, dtype='bfloat16'),
     grouped_matmul_fp8_case('FP8 with cut blocks', (3, 0, 7), m=12, k=160, n=136),
+    grouped_matmul_fp8_case('FP8, tiles of a GPU', (70, 0, 98, 9), m=197, k=256, n=192),
   ),
   'flash_attention': (
     flash_attention_case('causal'),
@@ -154,6 +159,11 @@ CASES = {
     flash_attention_case('more keys than queries', s=140, documents=(90, 3, 47)),
     flash_attention_case('queries that see no key', s=30, documents=(22, 3, 50)),
     flash_attention_case('one query', t=1),
+    flash_attention_case('wide heads, packed documents', t=150, s=150, documents=(60, 3, 87), **WIDE),
+    flash_attention_case('wide heads, more keys than queries', t=70, s=300, documents=(90, 13, 197), **WIDE),
+    flash_attention_case('wide heads, queries that see no key', t=203, s=130, **WIDE),
+    flash_attention_case('equal widths, all keys', t=140, s=260, causal=False, **{**WIDE, 'h': 128}),
+    flash_attention_case('narrow equal widths', **{**WIDE, 'h': 64, 'v': 64}),
   ),
   'mla_decode': (
     mla_decode_case('decode, unequal lengths', (1, 250, 16, 0), t=1, max_pages=17),

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import tqdm
 from absl import app, flags
+from absl import logging as absl_logging
 
 from mla_jax import axes
 from mla_jax.checkpoint import block_fp8, published, store, tensor_files
@@ -90,6 +91,10 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None) -> t
   config = config_from_hf(values)
   stored = tensor_files.scan(directory)
   config = _without_dropped_mtp(directory, config, stored)
+  least = config.num_hidden_layers + config.num_moe_layers * config.n_routed_experts
+  if least > len(stored):  # before so many are listed
+    raise HFError(f'{directory}: its tensors are not those of its config.json: {len(stored)} for '
+                  f'{config.num_hidden_layers} layers with {config.n_routed_experts} experts')
   _, params, buffers = abstract(config)
   variables = dict(published.leaves(params)) | dict(published.leaves(buffers))
   shapes = {path: variable.shape for path, variable in variables.items()}
@@ -376,6 +381,7 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
     if argv[1] == 'config':
       write_config(source, target)
     else:
+      tensor_files.require_free(target)
       config, params, buffers = store.read_run(source)
       save(target, config.model, params, buffers, dtype=flag_values.dtype, fp8=flag_values.fp8,
            tokenizer=source / 'tokenizer')
@@ -387,5 +393,6 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
 
 
 if __name__ == '__main__':
+  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs there
   define_flags(flags.FLAGS)
   app.run(main)

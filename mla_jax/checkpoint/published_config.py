@@ -5,6 +5,7 @@ on the latent, attention biases, a rope width with repeated frequencies), under 
 
 import dataclasses
 import logging
+import math
 
 from mla_jax.checkpoint.block_fp8 import BLOCK
 from mla_jax.checkpoint.tensor_files import HFError
@@ -60,14 +61,19 @@ def config_from_hf(values: dict) -> ModelConfig:
     allowed = (float, int) if kinds[key] is float else kinds[key]
     if not isinstance(value, allowed) or (isinstance(value, bool) and kinds[key] is not bool):
       raise HFError(f'config.json: {key}={value!r} is no {kinds[key].__name__}')
+    if isinstance(value, float) and not math.isfinite(value):
+      raise HFError(f'config.json: {key}={value!r} is not finite')
+  if theta <= 0:
+    raise HFError(f'config.json: rope_theta={theta} is not above 0')
   config = ModelConfig(attention='gqa' if kind in GROUPED else 'mla', rope_theta=theta, rope_scaling=scaling, **fields)
   config.validate()
   return config
 
 
 def _optional_of_grouped(kind: str, given: dict) -> dict:
-  heads = given.get('num_attention_heads', 1)
-  width = given.get('hidden_size', 0) // heads if isinstance(heads, int) and heads > 0 else 0
+  heads, width = given.get('num_attention_heads'), given.get('hidden_size')
+  # What is no number, or missing, is said by those who read it.
+  width = width // heads if isinstance(heads, int) and isinstance(width, int) and heads > 0 else 0
   if kind == 'mistral' and given.get('sliding_window'):
     log.warning('config.json: sliding_window=%s is not kept: every position is seen', given['sliding_window'])
   return {'num_key_value_heads': heads, 'head_dim': width, 'attention_bias': kind == 'qwen2',
@@ -92,7 +98,7 @@ def _rope(values: dict) -> tuple[float, RopeScaling]:
   given = {key: rope[key] for key in fields if rope.get(key) is not None}
   defaults = {'mscale_all_dim': 0.0, 'original_max_position_embeddings': values['max_position_embeddings']}
   for key, value in given.items():
-    if isinstance(value, bool) or not isinstance(value, (float, int)):
+    if isinstance(value, bool) or not isinstance(value, (float, int)) or not math.isfinite(value):
       raise HFError(f'config.json: rope scaling {key}={value!r} is no number')
   return theta, RopeScaling(**defaults | given)
 

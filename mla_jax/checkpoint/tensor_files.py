@@ -284,11 +284,16 @@ def write_text(path: Path, text: str):
     os.fsync(file.fileno())
 
 
+def require_free(directory: Path):
+  """Raises HFError where something is there already."""
+  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    raise HFError(f'{directory} exists and is not empty; name another directory')
+
+
 @contextlib.contextmanager
 def appearing(directory: Path) -> Iterator[Path]:
   """A directory to write in, which takes its name when all is on disk; on an error nothing is left."""
-  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-    raise HFError(f'{directory} exists and is not empty; name another directory')
+  require_free(directory)
   partial = directory.with_name(f'.{directory.name}.{os.getpid()}.partial')
   try:
     partial.mkdir(parents=True)

@@ -33,9 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from absl import app, flags
+from absl import logging as absl_logging
 from flax import nnx
 
 from mla_jax.checkpoint import hugging_face
+from mla_jax.checkpoint.tensor_files import require_free
 from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.model.attention import context
 from mla_jax.model.block import take
@@ -310,6 +312,7 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
     if len(argv) != 3:
       raise ConfigError('usage: python -m mla_jax.checkpoint.transmla SOURCE_DIR OUT_DIR [--kv_lora_rank=512 ...]')
     source, target = map(Path, argv[1:])
+    require_free(target)
     tokens_BT = read_calibration(source, f.calibration, f.sequences, f.length)
     run(source, target, tokens_BT, rank=f.kv_lora_rank, rope_width=f.rope_width, fold=f.fold,
         latent_norm=f.latent_norm, dtype=f.dtype)
@@ -321,5 +324,6 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
 
 
 if __name__ == '__main__':
+  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs there
   define_flags(flags.FLAGS)
   app.run(main)

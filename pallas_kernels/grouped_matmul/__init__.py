@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, mosaic_tpu
-from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels import dispatch, mosaic_gpu, mosaic_tpu
+from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 
 _FP8 = ('float8_e4m3fn', 'float8_e5m2')
 
@@ -33,6 +33,8 @@ def differentiable(kernels):
 
 registry = dispatch.Registry(
   'grouped_matmul',
+  dispatch.Implementation('gpu', differentiable(gpu), ('gpu',), mosaic_gpu.unavailable,
+                          interpreted=mosaic_gpu.interpreted, unsuitable=gpu.unsuitable),
   dispatch.Implementation('tpu', differentiable(tpu), ('tpu',), interpreted=mosaic_tpu.interpreted,
                           unsuitable=tpu.unsuitable),
   dispatch.Implementation('xla', differentiable(xla)),

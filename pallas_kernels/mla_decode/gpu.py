@@ -435,7 +435,7 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, p
                    barrier(num_arrivals=3), barrier(num_arrivals=2),
                    barrier(num_arrivals=copies, num_barriers=2), barrier(num_arrivals=2 * copies, num_barriers=2),
                    k_free, barrier(), barrier(), barrier(), barrier(), barrier(num_arrivals=2), done],
-    grid=(groups, parts), grid_names=('group', 'part'), num_threads=3, thread_name='wg',
+    grid=(groups, parts), grid_names=('group', 'part'), num_threads=3, thread_name='wg', kernel_name='mla_decode',
     **(dict(cluster=(cluster,), cluster_names=('member',)) if cluster > 1 else {}),
     compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
                                          lowering_semantics=plgpu.LoweringSemantics.Warpgroup))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
@@ -31,6 +32,13 @@ def main(process: int, processes: int, port: int, fsdp: int, expert: int):
   right = all(np.array_equal(shard.data, whole[shard.index]) and whole.dtype == array.dtype
               for array, whole in leaves for shard in array.addressable_shards)
   split = sum(not array.is_fully_replicated for array, _ in leaves)
+
+  if processes == 1:  # and out again, from arrays that are cut over devices
+    with tempfile.TemporaryDirectory() as folder:
+      hugging_face.save(f'{folder}/hf', *found)
+      again = tensor_files.Reader(tensor_files.scan(Path(folder) / 'hf'))
+      with again, original(tensor_files.scan(FOLDER)) as first:
+        right &= all(np.array_equal(again.read(name), first.read(name)) for name in first.stored)
 
   stored, repeats = tensor_files.scan(FOLDER), published.repeats(found[0])
   # Devices of a process are neighbours on the mesh's last axes: processes split experts, or with fsdp=2 the rows of D.

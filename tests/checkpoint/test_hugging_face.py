@@ -336,6 +336,32 @@ def test_published_configs(name):
   assert config_from_hf(newer) == expected
 
 
+GROUPED = dict(hidden_act='silu', hidden_size=4096, intermediate_size=14336, max_position_embeddings=32768,
+               num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-5,
+               tie_word_embeddings=False, torch_dtype='bfloat16', vocab_size=32000)
+
+
+@pytest.mark.parametrize(('values', 'expected'), [
+    # Llama-2-7B leaves some to defaults; Mistral-7B-v0.1; Qwen2.5-0.5B.
+    (dict(model_type='llama', attention_bias=False, mlp_bias=False, num_key_value_heads=None, rope_scaling=None,
+          pretraining_tp=1), dict(kv_heads=32, qk_head_dim=128, rope_theta=10000.0, attention_bias=False)),
+    (dict(model_type='mistral', sliding_window=4096, rope_theta=10000.0, head_dim=None),
+     dict(kv_heads=8, qk_head_dim=128, attention_bias=False)),
+    (dict(model_type='qwen2', hidden_size=896, num_attention_heads=14, num_key_value_heads=2, rope_theta=1000000.0,
+          sliding_window=32768, use_sliding_window=False, max_window_layers=21, tie_word_embeddings=True),
+     dict(kv_heads=2, qk_head_dim=64, attention_bias=True, rope_theta=1000000.0, tie_word_embeddings=True)),
+])
+def test_grouped_query_configs(values, expected, caplog):
+  config = config_from_hf(GROUPED | values)
+  assert config.attention == 'gqa'
+  assert {key: getattr(config, key) for key in expected} == expected
+  assert ('sliding_window=4096 is not kept' in caplog.text) == (values['model_type'] == 'mistral')
+  with pytest.raises(ConfigError, match="only type 'yarn'"):
+    config_from_hf(GROUPED | values | dict(rope_scaling=dict(rope_type='llama3', factor=8.0)))
+  with pytest.raises(ConfigError, match='mla'):
+    config_from_hf(GROUPED | values | dict(rope_scaling=YARN))
+
+
 def test_what_null_means():
   values = V2_LITE | dict(n_group=None, topk_group=None, n_shared_experts=None, rope_scaling=None, num_nextn=None)
   made = config_from_hf(values)

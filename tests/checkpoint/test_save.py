@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 
 from mla_jax.axes import is_variable
 from mla_jax.checkpoint import block_fp8, hugging_face, published, tensor_files
-from mla_jax.checkpoint.published_config import REQUIRED_OF_EXPERTS, config_from_hf, config_to_hf
+from mla_jax.checkpoint.published_config import REQUIRED_OF_EXPERTS, config_from_hf, config_to_hf, fp8_block
 from mla_jax.checkpoint.tensor_files import HFError
-from mla_jax.config import ModelConfig, RopeScaling
+from mla_jax.config import ConfigError, ModelConfig, RopeScaling
 from mla_jax.model import transformer
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
@@ -415,6 +415,46 @@ def test_any_box_of_a_tensor(tmp_path_factory, data):
   with tensor_files.Reader(tensor_files.scan(folder)) as reader:
     np.testing.assert_array_equal(reader.read('x', box), tensor[box])
     np.testing.assert_array_equal(reader.read('x'), tensor)
+
+
+def complaint(call) -> str:
+  try:
+    call()
+  except ConfigError as error:
+    return str(error)
+  return ''
+
+
+@given(st.binary(max_size=80), st.integers(0, 2**64 - 1), st.booleans(), st.integers(0, 54))
+@settings(max_examples=300, deadline=None)
+def test_any_damage_to_a_header_is_one_clear_line(tmp_path_factory, noise, length, valid_length, at):
+  file = tmp_path_factory.mktemp('noise') / 'model.safetensors'
+  text = ONE[:at] + noise + ONE[at + len(noise):]
+  size = len(text) if valid_length else length
+  file.write_bytes(size.to_bytes(8, 'little') + text + bytes(8))
+  assert '\n' not in complaint(lambda: tensor_files.scan(file.parent))
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 2**40), st.floats(), st.text(max_size=3),
+                   st.just([]), st.just({}), st.just({'factor': 'x'}))
+
+
+@given(st.sampled_from(['deepseek_v2', 'deepseek_v3', 'mla_jax', 'llama', 'qwen2', 'mistral']), st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_value_in_config_json_is_read_or_one_clear_line(kind, data):
+  values = config_to_hf(dataclasses.replace(WIDE, rope_scaling=RopeScaling(factor=2.0)), 'float32', 'ue8m0')
+  values['model_type'] = kind
+  for key in data.draw(st.lists(st.sampled_from([*values, 'head_dim']), min_size=1, max_size=3)):
+    values[key] = data.draw(VALUES)
+  assert '\n' not in complaint(lambda: (config_from_hf(values), fp8_block(values)))
+
+
+def test_more_layers_than_tensors_is_said_at_once(tmp_path):
+  shutil.copytree(GOLDEN / 'v3', tmp_path / 'hf')
+  values = json.loads((tmp_path / 'hf/config.json').read_text())
+  (tmp_path / 'hf/config.json').write_text(json.dumps(values | dict(num_hidden_layers=2**40)))
+  with pytest.raises(HFError, match='for 1099511627776 layers with 8 experts'):
+    hugging_face.load(tmp_path / 'hf')
 
 
 def test_pieces_written_on_a_device():

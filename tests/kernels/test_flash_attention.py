@@ -8,7 +8,9 @@ import pytest
 from pallas_kernels import dispatch, flash_attention, testing
 from pallas_kernels.flash_attention import xla
 
-FASTER = [name for name in flash_attention.implementations() if name != 'reference']
+# The kernels for Hopper take some operands only: test_flash_attention_gpu.py.
+ANY = [name for name in flash_attention.implementations() if name != 'gpu']
+FASTER = [name for name in ANY if name != 'reference']
 
 
 def oracle(q_BTNH, k_BSNH, v_BSNV, scale, causal, q_segments=None, kv_segments=None):
@@ -48,7 +50,7 @@ def test_matches_reference(implementation, case):
   testing.check(flash_attention, implementation, case)
 
 
-@pytest.mark.parametrize('implementation', flash_attention.implementations())
+@pytest.mark.parametrize('implementation', ANY)
 def test_query_without_keys_has_zero_gradients(implementation):
   q_BTNH, k_BSNH, v_BSNV = operands(t=4, s=2)  # aligned to the end: queries 0 and 1 come before the first key
 

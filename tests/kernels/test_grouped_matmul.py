@@ -48,7 +48,12 @@ def test_reference_scales_fp8_blocks():
 @pytest.mark.parametrize('implementation', FASTER)
 @pytest.mark.parametrize('case', testing.CASES['grouped_matmul'], ids=str)
 def test_matches_reference(implementation, case):
-  testing.check(grouped_matmul, implementation, case)
+  try:
+    testing.check(grouped_matmul, implementation, case)
+  except NotImplementedError as error:
+    if implementation not in ('gpu', 'tpu'):
+      raise
+    pytest.skip(str(error))
 
 
 @pytest.mark.parametrize('implementation', FASTER)

@@ -14,7 +14,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize('case', bench.CASES, ids=str)
-def test_kernel_compiles_and_its_registers_suffice(case):
+def test_kernels_compile_and_their_registers_suffice(case):
   report = bench.compile_case(case)
   print(report)
-  assert report['spill_bytes'] <= case.spills
+  assert all(stored <= case.spills.get(kernel, 0) for kernel, stored in report['spilled_bytes'].items())
+  # The assembler says so where it makes products of one warpgroup wait for each other, whatever the kernel says.
+  assert not report['serialized']

@@ -12,8 +12,8 @@ from mla_jax.model.cache import bytes_per_token, empty_cache
 YARN = RopeScaling(factor=4.0, original_max_position_embeddings=8, mscale=0.707, mscale_all_dim=0.707)
 CONFIGS = {
     'mla': dict(q_lora_rank=16, rope_scaling=YARN, **EXPERTS),
-    'mla, queries from x': dict(),
-    'gqa': dict(attention='gqa', num_key_value_heads=2),
+    'mla, queries from x': dict(latent_norm=False, attention_bias=True, rope_repeats=3),
+    'gqa': dict(attention='gqa', num_key_value_heads=2, attention_bias=True),
     'mqa': dict(attention='mqa'),
     'mha': dict(attention='mha', head_dim=6),
 }

@@ -1,0 +1,104 @@
+"""Pallas' interpreter of GPU kernels, taught the three things our Hopper kernels use and it lacks (jax 0.11.2): storing
+into a wgmma accumulator, wgmma with its left operand in registers, and our zero from inline assembly."""
+
+import contextlib
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic_gpu
+
+MULTIPROCESSORS = 2  # so that a program has several tiles
+
+
+@contextlib.contextmanager
+def interpreter(monkeypatch):
+  """Inside it Hopper kernels run on the CPU: memory starts as NaN, deadlocks raise, races are looked for.
+
+  Yields a function that says whether a race was found.
+  """
+  from jax._src import callback
+  from jax._src.pallas.mosaic_gpu import primitives
+  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call, jaxpr_interpret, shared_memory
+  from jax._src.state import primitives as state
+  from jax._src.state import types
+
+  def store(token, mesh_location, thread, key, value, source_info):
+    """Into an accumulator: registers, so nothing that could race."""
+    memory, key = gpu_callbacks._get_shared_memory(), gpu_callbacks.HostAllocationKey.from_array(key)
+    info = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
+    memory.store_buffer_content(key, memory.access(key, ()), np.asarray(value), thread, logging_info=info)
+    return token
+
+  class Interpreter(jaxpr_interpret.JaxprInterpreter):
+
+    def _store(self, eqn, token, accumulator, value):
+      return callback.io_callback(
+        functools.partial(store, source_info=eqn.source_info), gpu_callbacks.TOKEN_SHAPE_DTYPE, token,
+        self.mesh_location, self.thread, accumulator, value)
+
+    def _interpret_swap_p(self, eqn, token, get_invals):
+      reference, value, *indices = get_invals()
+      if eqn.primitive is primitives.wgmma_accumulator_store_p:
+        return self._store(eqn, token, reference, value), value
+      return gpu_callbacks.call_swap(
+        token=token, result_shape_and_dtype=eqn.outvars[0].aval, mesh_location=self.mesh_location, thread=self.thread,
+        allocation_key_as_array=reference, transforms=jax.tree.unflatten(eqn.params['tree'], indices), val=value,
+        mask=None, source_info=eqn.source_info)
+
+    def _interpret_wgmma_ref_p(self, eqn, token, get_invals):
+      total, a = (v.aval for v in eqn.invars[:2])
+      if isinstance(a, types.AbstractRef):
+        return super()._interpret_wgmma_ref_p(eqn, token, get_invals)
+      accumulator, a, b, *indices = get_invals()
+      here = {'token': token, 'mesh_location': self.mesh_location, 'thread': self.thread}
+      token, b = gpu_callbacks.call_get(
+        **here, result_shape_and_dtype=jax.ShapeDtypeStruct((a.shape[1], total.shape[1]), a.dtype),
+        allocation_key_as_array=b, transforms=jax.tree.unflatten(eqn.params['b_transforms_tree'], indices),
+        source_info=eqn.source_info)
+      read = functools.partial(gpu_callbacks.wgmma_accumulator_deref, source_info=eqn.source_info)
+      token, old = callback.io_callback(
+        read, (gpu_callbacks.TOKEN_SHAPE_DTYPE, jax.ShapeDtypeStruct(total.shape, total.dtype)),
+        **{**here, 'token': token}, acc_allocation_key_as_array=accumulator, wait_n=None)
+      new = old + jnp.dot(a, b, preferred_element_type=jnp.float32)
+      return self._store(eqn, token, accumulator, new), []
+
+    def _interpret_barrier_arrive_p(self, eqn, token, get_invals):
+      # A buffer that a thread has read may be loaded anew once it arrived: the interpreter asks for a fence between the
+      # two ways to memory first, which no kernel in the field has and the hardware's order of a load and what follows
+      # it makes unnecessary.
+      token = callback.io_callback(gpu_callbacks.commit_smem, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token,
+                                   mesh_location=self.mesh_location, thread=self.thread)
+      return super()._interpret_barrier_arrive_p(eqn, token, get_invals)
+
+    def _interpret_inline_mgpu_p(self, eqn, token, _):
+      assert eqn.params['mgpu_fn'].__name__ == 'opaque', eqn
+      return token, [jnp.int32(0)]
+
+  class Either:
+
+    def __eq__(self, primitive):
+      return primitive in (state.swap_p, primitives.wgmma_accumulator_store_p)
+
+  def deallocate(barrier, original=shared_memory.Barrier.deallocate):
+    """Without asking whether all was waited for: buffers are released after the last load too, to nobody."""
+    with barrier.cv:
+      if barrier.ref_count == 1:
+        barrier.last_observed_phase_by_thread.clear()
+      original(barrier)
+
+  either = SimpleNamespace(**{**vars(state), 'swap_p': Either()})
+  monkeypatch.setattr(jaxpr_interpret, 'state_primitives', either)
+  monkeypatch.setattr(jaxpr_interpret, 'JaxprInterpreter', Interpreter)
+  monkeypatch.setattr(shared_memory.Barrier, 'deallocate', deallocate)
+  monkeypatch.setattr(mosaic_gpu, 'multiprocessors', lambda *_: MULTIPROCESSORS)
+  gpu_callbacks.reset_gpu_interpret_mode_state()
+  try:
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+      yield lambda: interpret_pallas_call.get_races().races_found
+  finally:
+    gpu_callbacks.reset_gpu_interpret_mode_state()
