@@ -22,7 +22,8 @@ class Chip:
 
   vmem: bytes of vector memory a core has. cores: TensorCores that one device drives (two on v4 and v5p).
   attention_block: queries, and keys, of a block. attention_queries: most queries whose gradient one call makes.
-  matmul_unit: width of the matrix unit. matmul_rows, matmul_columns: most of a grouped matmul's tile.
+  matmul_unit: width of the matrix unit. matmul_rows, matmul_columns: most of a grouped matmul's tile. matmul_part: rows
+  computed at a time in a tile that several groups share.
   multiplies_fp8: whether the matrix unit takes e4m3 as it is. decode_keys: cached keys a step.
   """
 
@@ -33,6 +34,7 @@ class Chip:
   matmul_unit: int = 128
   matmul_rows: int = 512
   matmul_columns: int = 2048
+  matmul_part: int = 128
   multiplies_fp8: bool = False
   decode_keys: int = 512
 
@@ -46,7 +48,8 @@ CHIPS = {
   'TPU v6 lite': _V6E, 'TPU v6e': _V6E,
   'TPU7x': Chip(64 * MIB, attention_block=1024, matmul_unit=256, multiplies_fp8=True, decode_keys=1024),
   # Interpreted: blocks so small that small arrays have several.
-  'cpu': Chip(16 * MIB, attention_block=32, matmul_rows=16, matmul_columns=16, decode_keys=64),
+  'cpu': Chip(16 * MIB, attention_block=64, matmul_rows=16, matmul_columns=16,
+              matmul_part=8, decode_keys=64),
 }
 OTHER = Chip(16 * MIB, attention_block=256, matmul_rows=256)  # TPU v4 and older
 

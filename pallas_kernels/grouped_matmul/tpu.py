@@ -51,7 +51,8 @@ def rhs_gradient(lhs_MK, dy_MN, group_sizes_G, out_dtype):
   tm = _row_tile(m, groups, chip)
   visits = _visits(group_sizes_G, m, tm, empty_too=True)
   return mosaic_tpu.call(
-    _rhs_gradient, (*visits[:4], lhs_MK, dy_MN), prefetched=4, name='grouped_matmul_rhs_gradient',
+    functools.partial(_rhs_gradient, part=chip.matmul_part), (*visits[:4], lhs_MK, dy_MN), prefetched=4,
+    name='grouped_matmul_rhs_gradient',
     grid=(pl.cdiv(k, tk), pl.cdiv(n, tn), visits[4]), dimensions=('parallel', 'parallel', 'arbitrary'),
     in_specs=[pl.BlockSpec((tm, tk), lambda i, _, v, tile_V, *__: (tile_V[v], i)),
               pl.BlockSpec((tm, tn), lambda _, j, v, tile_V, *__: (tile_V[v], j))],
@@ -60,7 +61,7 @@ def rhs_gradient(lhs_MK, dy_MN, group_sizes_G, out_dtype):
     scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)])[0]
 
 
-def _rhs_gradient(tile_V, group_V, start_G, end_G, lhs_mk, dy_mn, drhs_kn, sum_kn):
+def _rhs_gradient(tile_V, group_V, start_G, end_G, lhs_mk, dy_mn, drhs_kn, sum_kn, *, part):
   v = pl.program_id(2)
   g = group_V[v]
   first_row, start, end = tile_V[v] * lhs_mk.shape[0], start_G[g], end_G[g]
@@ -74,12 +75,15 @@ def _rhs_gradient(tile_V, group_V, start_G, end_G, lhs_mk, dy_mn, drhs_kn, sum_k
   def _():
     sum_kn[...] += dot(lhs_mk[...], dy_mn[...], (0, 0))
 
-  @pl.when(~whole & (start < end))
+  @pl.when(~whole)
   def _():
-    # Both sides masked: other groups and the tail may hold NaN, and 0 times NaN is NaN.
-    lhs, dy = (jnp.where(_members(x.shape, first_row, start, end), x[...], jnp.zeros((), x.dtype))
-               for x in (lhs_mk, dy_mn))
-    sum_kn[...] += dot(lhs, dy, (0, 0))
+    def add(rows, first_row):
+      # Both sides masked: other groups and the tail may hold NaN, and 0 times NaN is NaN.
+      lhs, dy = (jnp.where(_members((rows.size, x.shape[1]), first_row, start, end), x[rows, :], jnp.zeros((), x.dtype))
+                 for x in (lhs_mk, dy_mn))
+      sum_kn[...] += dot(lhs, dy, (0, 0))
+
+    _parts(add, lhs_mk.shape[0], part, first_row, start, end)
 
   last = pl.num_programs(2) - 1
 
@@ -115,27 +119,33 @@ def _rows_times_group(x_MK, rhs_GKN, group_sizes_G, scales, out_dtype, zero_tail
                  pl.BlockSpec((None, scales[1].shape[1], tn), weights('gkn'))]
   contract = (1, 1) if rhs_transposed else (1, 0)
   return mosaic_tpu.call(
-    functools.partial(_rows_kernel, groups=groups, contract=contract, factor_dtype=factor_dtype),
+    functools.partial(_rows_kernel, groups=groups, contract=contract, factor_dtype=factor_dtype,
+                      part=chip.matmul_part),
     (*visits, weights_V, x_MK, rhs_GKN, *scales), prefetched=5, grid=(pl.cdiv(n, tn), count),
     dimensions=('parallel', 'arbitrary'), in_specs=in_specs, out_shape=[((m, n), out_dtype)],
     out_specs=[pl.BlockSpec((tm, tn), lambda j, v, tile_V, *_: (tile_V[v], j))],
     scratch_shapes=[pltpu.VMEM((tm, tn), jnp.float32)], name='grouped_matmul')[0]
 
 
-def _rows_kernel(tile_V, group_V, start_G, end_G, _, x_mK, rhs, *refs, groups, contract, factor_dtype):
+def _rows_kernel(tile_V, group_V, start_G, end_G, _, x_mK, rhs, *refs, groups, contract, factor_dtype, part):
   y_mn, sum_mn = refs[-2:]
   v = pl.program_id(1)
   g = group_V[v]
   sum_mn[...] = jnp.zeros_like(sum_mn)
 
-  @pl.when(g < groups)
-  def _():
-    if len(refs) > 2:
-      _accumulate_scaled(sum_mn, x_mK, rhs, *refs[:-2], factor_dtype)
-    else:
-      _accumulate(sum_mn, x_mK, rhs, contract)
+  tm, start, end = sum_mn.shape[0], start_G[g], end_G[g]
+  first_row = tile_V[v] * tm
+  whole = (start <= first_row) & (first_row + tm <= end)
 
-  mine = _members(sum_mn.shape, tile_V[v] * sum_mn.shape[0], start_G[g], end_G[g])
+  def add(rows, _=None):
+    if len(refs) > 2:
+      _accumulate_scaled(rows, sum_mn, x_mK, rhs, *refs[:-2], factor_dtype)
+    else:
+      _accumulate(rows, sum_mn, x_mK, rhs, contract)
+
+  pl.when((g < groups) & whole)(lambda: add(pl.ds(0, tm)))
+  pl.when((g < groups) & ~whole)(lambda: _parts(add, tm, part, first_row, start, end))
+  mine = _members(sum_mn.shape, first_row, start, end)
   first = (v == 0) | (tile_V[jnp.maximum(v - 1, 0)] != tile_V[v])
 
   # The block stays in VMEM while its tile's groups follow each other.
@@ -148,12 +158,24 @@ def _rows_kernel(tile_V, group_V, start_G, end_G, _, x_mK, rhs, *refs, groups, c
     y_mn[...] = jnp.where(mine, sum_mn[...], y_mn[...].astype(jnp.float32)).astype(y_mn.dtype)
 
 
-def _accumulate(sum_mn, x_mK, rhs, contract):
+def _parts(add, tm, part, first_row, start, end):
+  """add(rows, number of the first) for the parts of a tile that have rows of the group: the others cost nothing."""
+  part = tm if tm % part else part
+
+  def one(i, _):
+    first = pl.multiple_of(i * part, part)
+    add(pl.ds(first, part), first_row + first)
+
+  low, high = (jnp.clip(x - first_row, 0, tm) for x in (start, end))
+  jax.lax.fori_loop(low // part, pl.cdiv(high, part), one, None)
+
+
+def _accumulate(rows, sum_mn, x_mK, rhs, contract):
   k = x_mK.shape[1]
 
   def add(start, size):
     chunk = pl.ds(start, size)
-    sum_mn[...] += dot(x_mK[:, chunk], rhs[:, chunk] if contract[1] else rhs[chunk, :], contract)
+    sum_mn[rows, :] += dot(x_mK[rows, chunk], rhs[:, chunk] if contract[1] else rhs[chunk, :], contract)
 
   if k // CHUNK:
     jax.lax.fori_loop(0, k // CHUNK, lambda i, _: add(pl.multiple_of(i * CHUNK, CHUNK), CHUNK), None)
@@ -161,14 +183,15 @@ def _accumulate(sum_mn, x_mK, rhs, contract):
     add(k // CHUNK * CHUNK, k % CHUNK)
 
 
-def _accumulate_scaled(sum_mn, x_mK, rhs_Kn, x_scales, rhs_scales, factor_dtype):
+def _accumulate_scaled(rows, sum_mn, x_mK, rhs_Kn, x_scales, rhs_scales, factor_dtype):
   """Each 128 of the contraction is scaled in float32 as it is added (DeepSeek-V3, 3.3.2)."""
   def add(block, _):
     chunk = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
-    part_mn = dot(x_mK[:, chunk].astype(factor_dtype), rhs_Kn[chunk, :].astype(factor_dtype))
-    lane = jax.lax.broadcasted_iota(jnp.int32, x_scales.shape, 1)
-    scale_m1 = jnp.where(lane == block, x_scales[...], 0).sum(1, keepdims=True)
-    sum_mn[...] += part_mn * scale_m1 * rhs_scales[pl.ds(block, 1), :]
+    part_mn = dot(x_mK[rows, chunk].astype(factor_dtype), rhs_Kn[chunk, :].astype(factor_dtype))
+    scales_mb = x_scales[rows, :]
+    lane = jax.lax.broadcasted_iota(jnp.int32, scales_mb.shape, 1)
+    scale_m1 = jnp.where(lane == block, scales_mb, 0).sum(1, keepdims=True)
+    sum_mn[rows, :] += part_mn * scale_m1 * rhs_scales[pl.ds(block, 1), :]
 
   jax.lax.fori_loop(0, x_scales.shape[1], add, None)
 
@@ -199,8 +222,8 @@ def _visits(group_sizes_G, m, tm, empty_too):
 def _row_tile(m, groups, chip):
   """Rows of a tile, a power of two.
 
-  Visits cost (M/tm + G) (tm + w): at each boundary a tile is computed twice, and each visit loads weights into the
-  matrix unit, worth w rows. The least is at tm = sqrt(w M/G).
+  Visits cost (M/tm + G) (tm + w): at each boundary a tile has two, and each visit loads weights into the matrix unit,
+  worth w rows. The least is at tm = sqrt(w M/G).
   """
   best = (chip.matmul_unit * max(m // groups, 1)) ** 0.5
   tile = 1 << max(4, round(best).bit_length() - 1)

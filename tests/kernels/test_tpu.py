@@ -82,7 +82,7 @@ def test_matches_reference(op, case):
   testing.check(OPS[op], 'tpu', case)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(cuts=st.lists(st.integers(0, 48), min_size=5, max_size=5))
 def test_any_group_sizes(cuts):
   sizes = tuple(np.diff([0, *sorted(cuts)]).tolist())
@@ -90,14 +90,13 @@ def test_any_group_sizes(cuts):
     testing.check(grouped_matmul, 'tpu', testing.grouped_matmul_case(str(sizes), sizes))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(0, 272), min_size=4, max_size=4))
 def test_any_lengths(lengths):
   with mosaic_tpu.interpreter():
     testing.check(mla_decode, 'tpu', testing.mla_decode_case(str(lengths), lengths, t=3, max_pages=17))
 
 
-@pytest.mark.usefixtures('simulated')
 @pytest.mark.long
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(t=st.integers(1, 100), s=st.integers(1, 100), v=st.integers(1, 40), causal=st.booleans(), packed=st.booleans())
@@ -127,6 +126,7 @@ def test_decode_of_any_shape(lengths, t, heads, page):
     testing.check(mla_decode, 'tpu', case)
 
 
+@pytest.mark.usefixtures('simulated')
 def test_other_groups_and_the_tail_do_not_leak():
   # As for the other implementations in test_grouped_matmul.py, in tiles that hold several groups and the tail.
   rng = np.random.default_rng(1)
