@@ -17,12 +17,22 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import timing
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, make_plan
 from pallas_kernels import flash_attention as attention
+from pallas_kernels import mla_decode as latent_decode
 from pallas_kernels.flash_attention import registry as attention_registry
+from pallas_kernels.mla_decode import registry as decode_registry
 
 ATTENTION_SHAPES = {True: ((2, 128, 4096), (1, 128, 8192), (4, 16, 4096)), False: ((1, 4, 512),)}
 WIDTH, VALUE_WIDTH = 192, 128
+# Heads, batch, cached keys, query tokens. On a CPU two small ones.
+DECODE_SHAPES = {
+  True: ((128, 128, 4096, 1), (128, 128, 4096, 2), (128, 64, 16384, 1), (128, 16, 8192, 1), (16, 128, 4096, 1),
+         (16, 128, 4096, 2), (64, 128, 8192, 1), (128, 1, 32768, 1), (16, 1, 8192, 1)),
+  False: ((16, 4, 512, 1), (16, 4, 512, 2)),
+}
+LATENT, ROPE, PAGE = 512, 64, 64
+BEYOND_L2 = 300e6  # bytes of caches taken in turn, so that none is still in an L2 of 50 MB when it is read again
 
 
 def flash_attention(peer: bool):
@@ -72,10 +82,33 @@ def cudnn_attention(batch, heads, length):
   return {'peer': 'cuDNN through torch', 'forward': forward / 1e3, 'backward': backward / 1e3}
 
 
-def chosen(registry, *operands) -> str:
+def mla_decode(peer: bool):
+  """One layer's absorbed attention over bfloat16 pages in random order; the plan is made before, as for a model's
+  layers. FlashMLA, the peer, installs on no machine of ours: `peer` says so."""
+  del peer
+  for heads, batch, keys, tokens in DECODE_SHAPES[timing.on_gpu()]:
+    cache_bytes = batch * keys * (LATENT + ROPE) * 2
+    turns = max(1, int(BEYOND_L2 // cache_bytes) + 1) if timing.on_gpu() else 1
+    count = turns * batch * keys // PAGE
+    pages = jax.random.normal(jax.random.key(0), (count, PAGE, LATENT + ROPE), jnp.bfloat16)
+    tables = jax.random.permutation(jax.random.key(1), count).astype(jnp.int32).reshape(turns, batch, -1)
+    q = jax.random.normal(jax.random.key(2), (batch, tokens, heads, LATENT + ROPE), jnp.bfloat16)
+    lengths = jnp.full(batch, keys, jnp.int32)
+    plan = jax.jit(functools.partial(make_plan, tokens=tokens, heads=heads))(lengths)
+    run = jax.jit(functools.partial(latent_decode, scale=WIDTH**-0.5, value_width=LATENT))
+    sets = [(q, pages, table, lengths) for table in tables]
+    seconds = timing.median_seconds(functools.partial(run, plan=plan), *sets, launches=max(20, turns))
+    flops = 2 * batch * tokens * heads * keys * (2 * LATENT + ROPE)
+    moved = cache_bytes + 2 * batch * tokens * heads * (2 * LATENT + ROPE)
+    name = chosen(decode_registry, q, pages, value_width=LATENT)
+    report('mla_decode', f'H{heads} B{batch} S{keys} T{tokens}', name, seconds, flops, tbytes=moved / seconds / 1e12,
+           fraction_of_copy=moved / seconds / timing.copy_limit(), peer='FlashMLA: not installable here')
+
+
+def chosen(registry, *operands, **facts) -> str:
   """Name of the implementation that None means for these operands."""
   target = dispatch.platform(*operands)
-  return next(i.name for i in registry.all if i.reason_against(target, *operands) is None)
+  return next(i.name for i in registry.all if i.reason_against(target, *operands, **facts) is None)
 
 
 def report(op, shape, implementation, seconds, flops, peer_seconds=None, **fields):
@@ -86,7 +119,7 @@ def report(op, shape, implementation, seconds, flops, peer_seconds=None, **field
                     tflops=rate / 1e12, fraction_of_matmul=rate / timing.matmul_limit(), **fields)
 
 
-OPS = {'flash_attention': flash_attention}
+OPS = {'flash_attention': flash_attention, 'mla_decode': mla_decode}
 
 
 OP = flags.DEFINE_enum('op', None, sorted(OPS), 'Only this one')
