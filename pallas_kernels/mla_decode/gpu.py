@@ -46,6 +46,8 @@ def make_plan(lengths_B, rows: int) -> schedule.Plan:
 
 def unsuitable(q_BTNJ, pages_PSJ, *, value_width) -> str | None:
   """What about the operands this kernel does not serve, or None."""
+  if reason := dispatch.divided(q_BTNJ, pages_PSJ):
+    return reason
   width, page = pages_PSJ.shape[2], pages_PSJ.shape[1]
   if not q_BTNJ.dtype == pages_PSJ.dtype == jnp.bfloat16:
     return f'it takes bfloat16 and queries are {q_BTNJ.dtype}, the cache {pages_PSJ.dtype}'
