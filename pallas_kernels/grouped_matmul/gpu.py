@@ -38,7 +38,8 @@ def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype, z
   if lhs_scales is None:
     return _rows_times_group(lhs_MK, rhs_GKN, group_sizes_G, (), out_dtype, zero_tail, transposed=False)
   rhs_GNK = rhs_GKN.swapaxes(1, 2)
-  return _rows_times_group(lhs_MK, rhs_GNK, group_sizes_G, (lhs_scales, rhs_scales), out_dtype, zero_tail, transposed=True)
+  scales = lhs_scales, rhs_scales
+  return _rows_times_group(lhs_MK, rhs_GNK, group_sizes_G, scales, out_dtype, zero_tail, transposed=True)
 
 
 def lhs_gradient(dy_MN, rhs_GKN, group_sizes_G, out_dtype):

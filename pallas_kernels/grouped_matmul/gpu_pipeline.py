@@ -86,7 +86,8 @@ def run(job: Job, tiling: Tiling, operands, shape, dtype, *, name):
   width = 128 // dtype.itemsize  # columns of a piece
   pieces = (2, tiling.buffers, 64, width)
   scratch = [
-    *(plgpu.SMEM((tiling.slots, *s), d, transforms=_swizzled(swizzle) if swizzle else ()) for s, d, swizzle in job.slots),
+    *(plgpu.SMEM((tiling.slots, *s), d, transforms=_swizzled(swizzle) if swizzle else ())
+      for s, d, swizzle in job.slots),
     # Two views: TMA takes whole pieces from the one and any number of rows from the other.
     plgpu.RefUnion(plgpu.SMEM(pieces, dtype, transforms=_swizzled(width)), plgpu.SMEM(pieces, dtype)),
     plgpu.Barrier(num_barriers=tiling.slots, num_arrivals=job.loads), free, plgpu.Barrier(num_arrivals=2)]
@@ -154,13 +155,13 @@ class _Program:
       return lax.fori_loop(0, tile['steps'], lambda k, carry: step(tile, k, carry), carry)
 
     slot, filled = lax.fori_loop(0, self.own, one, (jnp.int32(0), jnp.int32(0)))
-    if self.tiling.cluster > 1:
-      # The other program may not signal a barrier in the shared memory of a program that is gone.
-      def wait(_, slot):
-        plgpu.barrier_wait(self.free.at[slot])
-        return self.after(slot)
 
-      lax.fori_loop(0, filled, wait, lax.select(filled < self.tiling.slots, jnp.int32(0), slot))
+    # The other program of a cluster may not signal a barrier in the shared memory of a program that is gone.
+    def wait(_, slot):
+      plgpu.barrier_wait(self.free.at[slot])
+      return self.after(slot)
+
+    lax.fori_loop(0, filled, wait, lax.select(filled < self.tiling.slots, jnp.int32(0), slot))
 
   def multiply(self):
     plgpu.set_max_registers(240, action='increase')

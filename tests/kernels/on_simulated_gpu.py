@@ -10,9 +10,9 @@ from pallas_kernels import grouped_matmul, mosaic_gpu, testing
 # The simulator takes the two views of a buffer for one place, whichever warpgroup's part is meant, so races are looked
 # for where no piece is written in part: here the groups are of whole pieces.
 WHOLE = (
-  testing.grouped_matmul_case('clusters of two', (128, 0, 192), m=384, k=128, n=256, dtype='bfloat16'),
-  testing.grouped_matmul_case('no clusters', (256, 64), m=384, k=64, n=384, dtype='bfloat16'),
-  testing.grouped_matmul_fp8_case('FP8', (128, 0, 192), m=384, k=256, n=128),
+  testing.grouped_matmul_case('clusters of two', (256, 0, 256), m=768, k=128, n=256, dtype='bfloat16'),
+  testing.grouped_matmul_case('no clusters', (256, 256), m=512, k=64, n=384, dtype='bfloat16'),
+  testing.grouped_matmul_fp8_case('FP8', (128, 0, 128), m=384, k=256, n=128),
 )
 
 
