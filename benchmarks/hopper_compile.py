@@ -70,14 +70,19 @@ def grouped(name, groups, m, k, n, out=BF16):
   """Forward, and the gradients' kernels."""
   multiply = functools.partial(grouped_matmul, out_dtype=out, implementation='gpu')
   operands = ((m, k), BF16), ((groups, k, n), BF16), ((groups,), I32)
-  gradients = lambda lhs, rhs, sizes, dy: jax.vjp(lambda *x: multiply(*x, sizes), lhs, rhs)[1](dy)
+
+  def gradients(lhs, rhs, sizes, dy):
+    return jax.vjp(lambda *x: multiply(*x, sizes), lhs, rhs)[1](dy)
+
   return (Case(f'grouped_matmul, {name}', multiply, operands),
           Case(f'grouped_matmul, {name}, gradients', gradients, (*operands, ((m, n), out))))
 
 
 def grouped_fp8(name, groups, m, k, n):
   """Weights stored with the contraction innermost."""
-  multiply = lambda lhs, rhs_GNK, *rest: grouped_matmul(lhs, rhs_GNK.swapaxes(1, 2), *rest, implementation='gpu')
+  def multiply(lhs, rhs_GNK, *rest):
+    return grouped_matmul(lhs, rhs_GNK.swapaxes(1, 2), *rest, implementation='gpu')
+
   return Case(f'grouped_matmul, {name}, FP8', multiply,
               (((m, k), jnp.float8_e4m3fn), ((groups, n, k), jnp.float8_e4m3fn), ((groups,), I32),
                ((m, k // 128), F32), ((groups, k // 128, -(-n // 128)), F32)))

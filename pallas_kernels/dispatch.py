@@ -70,10 +70,11 @@ def device(*operands):
 
 
 def divided(*operands) -> str | None:
-  """Why a kernel cannot run on operands that the compiler would have to divide over a mesh, or None where it need not."""
+  """Why a kernel cannot run: the compiler would have to divide the operands over a mesh. None where it need not."""
   meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in operands if x is not None)]
   for mesh in meshes:
-    axes = [f'{name}={size}' for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    axes = [f'{name}={size}' for name, size, kind in kinds
             if size > 1 and kind != jax.sharding.AxisType.Manual]
     if axes:
       return f'the compiler cannot divide it over the mesh ({", ".join(axes)}): call the op inside jax.shard_map'

@@ -200,8 +200,8 @@ def multiply_add(total, a, b):
 def copy_where(condition, source, target):
   """Starts the copy of source in shared memory to GMEM, uncommitted, if condition.
 
-  A predicate rather than a branch: with dozens of branches around large arrays in registers LLVM does not finish. Pallas'
-  interpreter knows branches only.
+  A predicate rather than a branch: with dozens of branches around large arrays in registers LLVM does not finish.
+  Pallas' interpreter knows branches only.
   """
   if interpreted():
     pl.when(condition)(lambda: plgpu.copy_smem_to_gmem(source, target, commit_group=False))

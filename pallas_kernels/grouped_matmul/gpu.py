@@ -37,8 +37,9 @@ def unsuitable(lhs_MK, rhs_GKN) -> str | None:
 def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype, zero_tail):
   if lhs_scales is None:
     return _rows_times_group(lhs_MK, rhs_GKN, group_sizes_G, (), out_dtype, zero_tail, transposed=False)
-  return _rows_times_group(lhs_MK, rhs_GKN.swapaxes(1, 2), group_sizes_G, (lhs_scales, rhs_scales), out_dtype, zero_tail,
-                           transposed=True)
+  rhs_GNK = rhs_GKN.swapaxes(1, 2)
+  scales = lhs_scales, rhs_scales
+  return _rows_times_group(lhs_MK, rhs_GNK, group_sizes_G, scales, out_dtype, zero_tail, transposed=True)
 
 
 def lhs_gradient(dy_MN, rhs_GKN, group_sizes_G, out_dtype):
@@ -96,7 +97,9 @@ def _panels(number, tall, wide, height):
 def _rows_job(tiling, c, n, dtype, fp8, transposed) -> Job:
   steps, wide, own = c // tiling.depth, pl.cdiv(n, tiling.columns), tiling.own_rows
   pair = tiling.cluster == 2
-  tall = lambda refs: lax.div(refs[2][0, 0] + (tiling.cluster - 1), _I32(tiling.cluster))
+
+  def tall(refs):
+    return lax.div(refs[2][0, 0] + (tiling.cluster - 1), _I32(tiling.cluster))
 
   def locate(refs, number, rank):
     row, column = _panels(number, tall(refs), wide, PANEL // (tiling.rows * tiling.cluster))
@@ -166,14 +169,16 @@ def _rows_job(tiling, c, n, dtype, fp8, transposed) -> Job:
         mosaic_gpu.copy_where((count & rows) != 0, buffers[1].at[pl.ds(start, rows)], there)
         start = start + (count & rows)
 
-  scale = (lambda refs, tile, k: refs[4][tile['group'], k, lax.div(tile['column'], _I32(scales.BLOCK))]) if fp8 else None
+  def scale(refs, tile, k):
+    return refs[4][tile['group'], k, lax.div(tile['column'], _I32(scales.BLOCK))]
+
   weights = (tiling.columns, tiling.depth) if transposed else (tiling.depth, tiling.columns)
   swizzle = 128 // dtype.itemsize
   slots = ((tiling.rows, tiling.depth), dtype, swizzle), (weights, dtype, swizzle)
   if fp8:
     slots += ((tiling.rows,), jnp.float32, None),
   return Job(slots, 2 + fp8, lambda refs: tall(refs) * wide, locate, load, factors, keep, write, write_part, live=live,
-             scales=scale)
+             scales=scale if fp8 else None)
 
 
 def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:

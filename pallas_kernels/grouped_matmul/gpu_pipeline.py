@@ -55,8 +55,8 @@ class Job:
   factors(slot, warpgroup): the two operands of wgmma.
   keep(tile, warpgroup): what `write` needs to write the result later, and 'from_step': 0, or NEVER where it may not.
   write(out, buffers, piece, kept, row, column): copies a 64-row piece out; row and column count from the tile's first.
-  write_part(whole, ...): the same for a piece of which not all rows are the tile's, given the tile, and with `whole` for
-    one that is; called at once, never later. None: all rows of all tiles are theirs.
+  write_part(whole, ...): the same for a piece of which not all rows are the tile's, given the tile, and with `whole`
+    for one that is; called at once, never later. None: all rows of all tiles are theirs.
   live(tile, warpgroup): whether the warpgroup has anything to multiply; None: always.
   clear(refs, tile, k, slot, warpgroup, cleared): sets to zero what does not belong to the tile. None: nothing.
   scales(refs, tile, k, slot, rows): (one number a row, a scalar) that multiply step k's product, for FP8. None: ones.
@@ -86,7 +86,8 @@ def run(job: Job, tiling: Tiling, operands, shape, dtype, *, name):
   width = 128 // dtype.itemsize  # columns of a piece
   pieces = (2, tiling.buffers, 64, width)
   scratch = [
-    *(plgpu.SMEM((tiling.slots, *s), d, transforms=_swizzled(columns) if columns else ()) for s, d, columns in job.slots),
+    *(plgpu.SMEM((tiling.slots, *s), d, transforms=_swizzled(swizzle) if swizzle else ())
+      for s, d, swizzle in job.slots),
     # Two views: TMA takes whole pieces from the one and any number of rows from the other.
     plgpu.RefUnion(plgpu.SMEM(pieces, dtype, transforms=_swizzled(width)), plgpu.SMEM(pieces, dtype)),
     plgpu.Barrier(num_barriers=tiling.slots, num_arrivals=job.loads), free, plgpu.Barrier(num_arrivals=2)]
@@ -154,18 +155,19 @@ class _Program:
       return lax.fori_loop(0, tile['steps'], lambda k, carry: step(tile, k, carry), carry)
 
     slot, filled = lax.fori_loop(0, self.own, one, (jnp.int32(0), jnp.int32(0)))
-    if self.tiling.cluster > 1:
-      # The other program may not signal a barrier in the shared memory of a program that is gone.
-      def wait(_, slot):
-        plgpu.barrier_wait(self.free.at[slot])
-        return self.after(slot)
 
-      lax.fori_loop(0, filled, wait, lax.select(filled < self.tiling.slots, jnp.int32(0), slot))
+    # The other program of a cluster may not signal a barrier in the shared memory of a program that is gone.
+    def wait(_, slot):
+      plgpu.barrier_wait(self.free.at[slot])
+      return self.after(slot)
+
+    lax.fori_loop(0, filled, wait, lax.select(filled < self.tiling.slots, jnp.int32(0), slot))
 
   def multiply(self):
     plgpu.set_max_registers(240, action='increase')
     first = self.tile(jnp.int32(0))
-    previous = (self.zeros(), {**self.job.keep(first, self.warpgroup), 'from_step': jnp.int32(NEVER)}) if self.late else ()
+    nothing = self.job.keep(first, self.warpgroup) | {'from_step': jnp.int32(NEVER)}
+    previous = (self.zeros(), nothing) if self.late else ()
 
     def one(i, carry):
       slot, tile, previous = carry
@@ -174,7 +176,8 @@ class _Program:
       if live is True:
         result, slot = self.product(tile, slot, previous)
       else:
-        result, slot = lax.cond(live, lambda: self.product(tile, slot, previous), lambda: self.skip(tile, slot, previous))
+        result, slot = lax.cond(live, lambda: self.product(tile, slot, previous),
+                                lambda: self.skip(tile, slot, previous))
       return slot, ahead, (result, self.job.keep(tile, self.warpgroup)) if self.late else ()
 
     _, _, previous = lax.fori_loop(0, self.own, one, (jnp.int32(0), first, previous))
@@ -215,7 +218,7 @@ class _Program:
     return pl.run_scoped(accumulate, plgpu.ACC((self.tiling.own_rows, self.tiling.columns), jnp.float32))
 
   def scaled_sums(self, tile, slot, previous):
-    """Each step's product is scaled and added in float32: FP8 products are summed in fewer bits (DeepSeek-V3, 3.3.2)."""
+    """Each step's product is scaled and added in float32: FP8 is summed in fewer bits (DeepSeek-V3, 3.3.2)."""
     shape = self.tiling.own_rows, self.tiling.columns
     rows = pl.ds(pl.multiple_of(self.warpgroup * shape[0], 64), shape[0])
 

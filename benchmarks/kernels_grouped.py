@@ -1,0 +1,100 @@
+"""How fast is grouped_matmul here, forward and both gradients, with balanced and Zipf(1.0) groups?
+
+  python -m benchmarks.kernels_grouped [--peer] [--shapes=32x8192x7168x2048,...]   # GxMxKxN
+
+A JSON line a case: median time of a call, TFLOP/s, and with --peer, where torch with CUDA is installed, that of
+torch._grouped_mm on the same arrays, in alternation, and the ratio of the rates. Rounds alternate because a GPU at its
+power limit slows down under whatever runs first.
+"""
+
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from pallas_kernels import grouped_matmul
+
+SHAPES = '32x8192x7168x2048,32x8192x2048x7168,32x32768x7168x4096,64x32768x2048x1408,8x65536x7168x4096'
+SECONDS = 0.1  # of calls in a round: a GPU's power is averaged over less
+ROUNDS = 5
+
+
+def group_sizes(groups: int, rows: int, load: str) -> np.ndarray:
+  """Rows of each group: equal, or proportional to 1 / rank in a fixed random order."""
+  share = np.ones(groups) if load == 'balanced' else 1 / np.arange(1, groups + 1)
+  sizes = np.floor(rows * share / share.sum()).astype(np.int32)
+  sizes[0] += rows - sizes.sum()
+  return np.random.default_rng(0).permutation(sizes)
+
+
+def alternate(calls):
+  """Median seconds of a call of each of {name: (call, wait)}."""
+  times = {name: [] for name in calls}
+  for _ in range(ROUNDS):
+    for name, (call, wait) in calls.items():
+      wait(call())
+      start = time.perf_counter()
+      wait(call())
+      count = max(1, int(SECONDS / (time.perf_counter() - start)))
+      start = time.perf_counter()
+      for _ in range(count):
+        out = call()
+      wait(out)
+      times[name].append((time.perf_counter() - start) / count)
+  return {name: statistics.median(t) for name, t in times.items()}
+
+
+def measure(groups, m, k, n, load, peer):
+  keys = jax.random.split(jax.random.key(0), 3)
+  lhs, rhs, dy = (jax.random.normal(key, shape, jnp.bfloat16)
+                  for key, shape in zip(keys, ((m, k), (groups, k, n), (m, n)), strict=True))
+  sizes = group_sizes(groups, m, load)
+
+  def transpose(argument):
+    def gradient(lhs, rhs, dy, sizes):
+      return jax.vjp(lambda *x: grouped_matmul(*x, sizes), lhs, rhs)[1](dy)[argument]
+    return jax.jit(gradient)
+
+  forward, to_lhs, to_rhs = jax.jit(grouped_matmul), transpose(0), transpose(1)
+  sizes_G, ready = jnp.asarray(sizes), jax.block_until_ready
+  ours = {'forward': lambda: forward(lhs, rhs, sizes_G), 'gradient to lhs': lambda: to_lhs(lhs, rhs, dy, sizes_G),
+          'gradient to rhs': lambda: to_rhs(lhs, rhs, dy, sizes_G)}
+  theirs = {}
+  if peer:
+    import torch
+    a, b, d = map(torch.from_dlpack, (lhs, rhs, dy))
+    ends = torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).to(a.device)
+    theirs = {'forward': lambda: torch._grouped_mm(a, b, offs=ends),
+              'gradient to lhs': lambda: torch._grouped_mm(d, b.transpose(1, 2), offs=ends),
+              'gradient to rhs': lambda: torch._grouped_mm(a.t(), d, offs=ends)}
+  for op, call in ours.items():
+    calls = {'ours': (call, ready)}
+    if peer:
+      calls['torch'] = theirs[op], lambda _: torch.cuda.synchronize()
+    seconds = alternate(calls)
+    rate = {name: 2 * m * k * n / t / 1e12 for name, t in seconds.items()}
+    line = dict(op=f'grouped_matmul {op}', hardware=jax.devices()[0].device_kind, shape=f'G{groups} M{m} K{k} N{n}',
+                load=load, implementation=grouped_matmul.implementations()[0], milliseconds=seconds['ours'] * 1e3,
+                tflops=rate['ours'])
+    if peer:
+      line |= dict(torch_milliseconds=seconds['torch'] * 1e3, torch_tflops=rate['torch'],
+                   ratio=rate['ours'] / rate['torch'])
+    print(json.dumps(line), flush=True)
+
+
+def main(_):
+  for shape in FLAGS.shapes.split(','):
+    for load in ('balanced', 'zipf'):
+      measure(*map(int, shape.split('x')), load, FLAGS.peer)
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == '__main__':
+  flags.DEFINE_string('shapes', SHAPES, 'GxMxKxN, ...')
+  flags.DEFINE_bool('peer', False, 'Time torch._grouped_mm beside it')
+  app.run(main)
