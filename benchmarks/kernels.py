@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from benchmarks import timing
+from benchmarks import kernels_grouped, timing
 from pallas_kernels import dispatch, make_plan
 from pallas_kernels import flash_attention as attention
 from pallas_kernels import mla_decode as latent_decode
@@ -119,7 +119,7 @@ def report(op, shape, implementation, seconds, flops, peer_seconds=None, **field
                     tflops=rate / 1e12, fraction_of_matmul=rate / timing.matmul_limit(), **fields)
 
 
-OPS = {'flash_attention': flash_attention, 'mla_decode': mla_decode}
+OPS = {'flash_attention': flash_attention, 'grouped_matmul': kernels_grouped.run, 'mla_decode': mla_decode}
 
 
 OP = flags.DEFINE_enum('op', None, sorted(OPS), 'Only this one')

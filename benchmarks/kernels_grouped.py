@@ -1,24 +1,23 @@
-"""How fast is grouped_matmul here, forward and both gradients, with balanced and Zipf(1.0) groups?
+"""grouped_matmul's part of benchmarks.kernels: forward and both gradients, with balanced and Zipf(1.0) groups.
 
-  python -m benchmarks.kernels_grouped [--peer] [--shapes=32x8192x7168x2048,...]   # GxMxKxN
-
-A JSON line a case: median time of a call, TFLOP/s, and with --peer, where torch with CUDA is installed, that of
-torch._grouped_mm on the same arrays, in alternation, and the ratio of the rates. Rounds alternate because a GPU at its
-power limit slows down under whatever runs first.
+Rounds of ours and of torch._grouped_mm, on the same arrays, alternate: a GPU at its power limit slows down under
+whatever runs first.
 """
 
-import json
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 
+from benchmarks import timing
 from pallas_kernels import grouped_matmul
 
-SHAPES = '32x8192x7168x2048,32x8192x2048x7168,32x32768x7168x4096,64x32768x2048x1408,8x65536x7168x4096'
+# Groups, rows, contraction, columns. On a CPU a small one.
+SHAPES = {True: ((32, 8192, 7168, 2048), (32, 8192, 2048, 7168), (32, 32768, 7168, 4096), (64, 32768, 2048, 1408),
+                 (8, 65536, 7168, 4096)),
+          False: ((8, 512, 256, 128),)}
 SECONDS = 0.1  # of calls in a round: a GPU's power is averaged over less
 ROUNDS = 5
 
@@ -48,9 +47,16 @@ def alternate(calls):
   return {name: statistics.median(t) for name, t in times.items()}
 
 
+def run(peer: bool):
+  for shape in SHAPES[timing.on_gpu()]:
+    for load in ('balanced', 'zipf'):
+      measure(*shape, load, peer)
+
+
 def measure(groups, m, k, n, load, peer):
   keys = jax.random.split(jax.random.key(0), 3)
-  lhs, rhs, dy = (jax.random.normal(key, shape, jnp.bfloat16)
+  dtype = jnp.bfloat16 if timing.on_gpu() else jnp.float32
+  lhs, rhs, dy = (jax.random.normal(key, shape, dtype)
                   for key, shape in zip(keys, ((m, k), (groups, k, n), (m, n)), strict=True))
   sizes = group_sizes(groups, m, load)
 
@@ -64,6 +70,8 @@ def measure(groups, m, k, n, load, peer):
   ours = {'forward': lambda: forward(lhs, rhs, sizes_G), 'gradient to lhs': lambda: to_lhs(lhs, rhs, dy, sizes_G),
           'gradient to rhs': lambda: to_rhs(lhs, rhs, dy, sizes_G)}
   theirs = {}
+  if peer and not timing.on_gpu():
+    raise SystemExit('torch._grouped_mm is timed on a GPU; leave --peer out here')
   if peer:
     import torch
     a, b, d = map(torch.from_dlpack, (lhs, rhs, dy))
@@ -77,24 +85,10 @@ def measure(groups, m, k, n, load, peer):
       calls['torch'] = theirs[op], lambda _: torch.cuda.synchronize()
     seconds = alternate(calls)
     rate = {name: 2 * m * k * n / t / 1e12 for name, t in seconds.items()}
-    line = dict(op=f'grouped_matmul {op}', hardware=jax.devices()[0].device_kind, shape=f'G{groups} M{m} K{k} N{n}',
-                load=load, implementation=grouped_matmul.implementations()[0], milliseconds=seconds['ours'] * 1e3,
-                tflops=rate['ours'])
+    fields = {}
     if peer:
-      line |= dict(torch_milliseconds=seconds['torch'] * 1e3, torch_tflops=rate['torch'],
-                   ratio=rate['ours'] / rate['torch'])
-    print(json.dumps(line), flush=True)
-
-
-def main(_):
-  for shape in FLAGS.shapes.split(','):
-    for load in ('balanced', 'zipf'):
-      measure(*map(int, shape.split('x')), load, FLAGS.peer)
-
-
-FLAGS = flags.FLAGS
-
-if __name__ == '__main__':
-  flags.DEFINE_string('shapes', SHAPES, 'GxMxKxN, ...')
-  flags.DEFINE_bool('peer', False, 'Time torch._grouped_mm beside it')
-  app.run(main)
+      fields = dict(peer='torch._grouped_mm', peer_ms=seconds['torch'] * 1e3,
+                    peer_over_ours=seconds['torch'] / seconds['ours'])
+    timing.print_line(op='grouped_matmul', direction=op, hardware=timing.hardware(), shape=f'G{groups} M{m} K{k} N{n}',
+                      load=load, implementation=grouped_matmul.implementations()[0], ms=seconds['ours'] * 1e3,
+                      tflops=rate['ours'], fraction_of_matmul=rate['ours'] * 1e12 / timing.matmul_limit(), **fields)
