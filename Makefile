@@ -28,9 +28,11 @@ test-long: .venv/ready-dev .venv-peers/ready
 aot-tpu: .venv-tpu/ready
 	.venv-tpu/bin/python -m pytest -m long -rs tests/kernels/test_tpu_compile.py
 
-# The Hopper kernels likewise: jax's CUDA plugin, on Python 3.12 or newer.
+# The Hopper kernels likewise, and simulated: jax's CUDA plugin, on Python 3.12 or newer.
 aot-hopper: .venv-hopper/ready
 	.venv-hopper/bin/python -m pytest -m long -rsP tests/kernels/test_hopper_compile.py
+	.venv-hopper/bin/python -m pytest -m "long or not long" -rs tests/kernels/test_flash_attention_gpu.py \
+	  tests/kernels/test_grouped_matmul_gpu.py
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
