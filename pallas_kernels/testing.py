@@ -117,7 +117,8 @@ def flash_attention_case(name, t=75, s=75, causal=True, documents=None, dtype='f
               TOLERANCE[dtype])
 
 
-def mla_decode_case(name, lengths, t, max_pages, page=16, heads=4, c=32, r=8, dtype='float32', cache_dtype=None):
+def mla_decode_case(name, lengths, t, max_pages, page=16, heads=4, c=32, r=8, dtype='float32', cache_dtype=None,
+                    scale=0.3):
   """Cache rows past each length are NaN, and table entries past the last page point nowhere."""
   def arrays(rng):
     batch = len(lengths)
@@ -130,7 +131,7 @@ def mla_decode_case(name, lengths, t, max_pages, page=16, heads=4, c=32, r=8, dt
     return {'q_BTNJ': _normal(rng, (batch, t, heads, c + r), dtype), 'pages_PSJ': pages, 'table_BP': table,
             'lengths_B': np.array(lengths, np.int32)}
 
-  return Case(name, arrays, {'scale': 0.3, 'value_width': c, 'return_lse': True}, tolerance=TOLERANCE[dtype])
+  return Case(name, arrays, {'scale': scale, 'value_width': c, 'return_lse': True}, tolerance=TOLERANCE[dtype])
 
 
 def _normal(rng, shape, dtype):
@@ -170,6 +171,9 @@ CASES = {
     mla_decode_case('verify drafts', (3, 272, 2, 40), t=3, max_pages=17),
     mla_decode_case('short table', (3, 40), t=2, max_pages=3),
     mla_decode_case('bfloat16', (3, 272, 2, 40), t=3, max_pages=17, dtype='bfloat16'),
+    # Widths a GPU kernel takes, a request long enough to be split, more rows than a tile and fewer than two.
+    mla_decode_case('bfloat16, tiles of a GPU', (700, 0, 40), t=5, max_pages=12, page=64, heads=16, c=128, r=64,
+                    dtype='bfloat16', scale=-0.05),
     mla_decode_case('bfloat16 cache, float32 queries', (3, 40), t=2, max_pages=3, cache_dtype='bfloat16'),
   ),
 }

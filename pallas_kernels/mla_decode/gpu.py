@@ -20,6 +20,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -68,6 +69,9 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width)
   lengths_B = lengths_B.astype(jnp.int32)
   q_BMJ = q_BTNJ.reshape(batch, rows, width)
   padded = -(-rows // 8) * 8  # TMA writes whole swizzle tiles of 8 rows
+  # The maximum of scores is that of scale * scores only where scale > 0: its sign, or its being 0, goes to the queries.
+  if scale <= 0:
+    q_BMJ, scale = q_BMJ * np.sign(scale).astype(q_BMJ.dtype), abs(scale) or 1.0
   q_BMJ = jnp.pad(q_BMJ, ((0, 0), (0, padded - rows), (0, 0)))
   plan = make_plan(lengths_B, rows) if plan is None else plan
   kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1],
@@ -211,8 +215,9 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, p
           pl.semaphore_wait(semaphores.at[lo * blocks + block], 2 * (hi - lo + 1), decrement=False)
           slot0 = 2 * lo + (begin_g[lo, 0] != request).astype(jnp.int32)
           sharers = 2 * (hi - lo + 1)
+          own = jnp.minimum(merged, rows - block * ROWS)  # the last block may have fewer
 
-          @pl.loop(0, lax.div(merged - (2 * (part - lo) + side) + sharers - 1, sharers))
+          @pl.loop(0, lax.div(own - (2 * (part - lo) + side) + sharers - 1, sharers))
           def _(j):
             row = block * ROWS + 2 * (part - lo) + side + j * sharers
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import dispatch, grouped_matmul, testing
+from tests.kernels.serving import skipped_if_unsuitable
 
 FASTER = [name for name in grouped_matmul.implementations() if name != 'reference']
 
@@ -48,12 +49,8 @@ def test_reference_scales_fp8_blocks():
 @pytest.mark.parametrize('implementation', FASTER)
 @pytest.mark.parametrize('case', testing.CASES['grouped_matmul'], ids=str)
 def test_matches_reference(implementation, case):
-  try:
+  with skipped_if_unsuitable(implementation):
     testing.check(grouped_matmul, implementation, case)
-  except NotImplementedError as error:
-    if implementation not in ('gpu', 'tpu'):
-      raise
-    pytest.skip(str(error))
 
 
 @pytest.mark.parametrize('implementation', FASTER)
