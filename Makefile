@@ -1,7 +1,8 @@
 # PYTHON=/path/to/python3.12 make ... picks another interpreter.
 PYTHON ?= python3
 # Mosaic GPU needs jax 0.11.2, which needs Python 3.12.
-PYTHON_HOPPER ?= $(shell command -v python3.12 || echo "$$(pyenv prefix 3.12 2>/dev/null || pyenv prefix 3.12.1)/bin/python")
+PYTHON_HOPPER ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null \
+  || echo "$$(pyenv prefix 3.12 2>/dev/null || pyenv prefix 3.12.1)/bin/python")
 WORKDIR ?= runs/demo
 BIN := .venv/bin
 # XLA's CPU runtime allocates its temporaries anew in every call. Huge pages, and memory that is kept rather than given
