@@ -85,7 +85,8 @@ class Ours:
 
 def peer(shape: dict) -> dict:
   environment = os.environ | {'OMP_NUM_THREADS': str(THREADS), 'HF_HUB_OFFLINE': '1'}
-  run = subprocess.run([PEER_PYTHON.value, peer_hugging_face.__file__, json.dumps(shape)], env=environment,
+  # -P: or our kernels.py would be what transformers finds as the package `kernels`.
+  run = subprocess.run([PEER_PYTHON.value, '-P', peer_hugging_face.__file__, json.dumps(shape)], env=environment,
                        capture_output=True, text=True, check=False)
   if run.returncode:
     raise SystemExit(f'the peer failed with {PEER_PYTHON.value} (`make peers` makes that environment):\n'
