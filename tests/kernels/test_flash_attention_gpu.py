@@ -78,8 +78,9 @@ def test_other_operands_fall_back_or_raise(caplog):
   x = jnp.ones((1, 4, 1, 64))
   hopper = jax.sharding.AbstractDevice(device_kind='NVIDIA H200', num_cores=132, platform='cuda')
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('data',), (AxisType.Auto,), abstract_device=hopper)):
-    run = lambda implementation: jax.make_jaxpr(  # noqa: E731
-      lambda x: flash_attention(x, x, x, scale=1.0, implementation=implementation))(x)
+    def run(implementation):
+      return jax.make_jaxpr(lambda x: flash_attention(x, x, x, scale=1.0, implementation=implementation))(x)
+
     assert 'pallas' not in str(run(None))
     assert 'gpu: it takes bfloat16 and these are float32' in caplog.text
     with pytest.raises(NotImplementedError, match=r"'gpu' cannot run: it takes bfloat16.*here it can be None, 'xla'"):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import dispatch, grouped_matmul, testing
-from tests.kernels.serving import skipped_if_unsuitable
+from tests.kernels.unsuitable import skipped_if_unsuitable
 
 FASTER = [name for name in grouped_matmul.implementations() if name != 'reference']
 

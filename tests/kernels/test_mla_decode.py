@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mla_decode, testing
-from tests.kernels.serving import skipped_if_unsuitable
+from tests.kernels.unsuitable import skipped_if_unsuitable
 
 FASTER = [name for name in mla_decode.implementations() if name != 'reference']
 
