@@ -1,6 +1,6 @@
 """DeepSeekMoE (arXiv 2401.06066) with the routers of V2-Lite, V2 and V3, and its balancing.
 
-Dispatch drops no token: rows are sorted by expert and multiplied group by group.
+Dispatch drops no token: rows are sorted by expert and multiplied group by group (experts.py).
 """
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 
 from mla_jax.axes import TABLE, current_mesh, shard, undivided
 from mla_jax.config import ConfigError, ModelConfig
+from mla_jax.model.experts import experts
 from mla_jax.model.layers import SwiGLU, normal
-from pallas_kernels import grouped_matmul
 
 
 class Balance(NamedTuple):
@@ -82,25 +82,6 @@ def balance(scores_BTE, experts_BTX, valid_BT, config: ModelConfig) -> Balance:
 def rebalance(bias_LE, load_LE, speed):
   """bias += speed * sign(mean load - load), loads counted over the whole global batch (V3 report, section 2.1.2)."""
   return bias_LE + speed * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
-
-
-def experts(x_MD, ids_MX, weights_MX, wi_ED2F, wo_EFD, first):
-  """The weighted sum of the chosen experts among `first` .. first + E - 1; others contribute nothing."""
-  count, width = wi_ED2F.shape[:2]
-  chosen = ids_MX.shape[-1]
-  with jax.named_scope('moe/sort'):
-    local_M = ids_MX.reshape(-1) - first
-    local_M = jnp.where((local_M >= 0) & (local_M < count), local_M, count)  # elsewhere: sorted last, past all groups
-    order_M = jnp.argsort(local_M, stable=True)
-    sizes_E = (local_M[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
-    rows_MD = x_MD[order_M // chosen]
-  with jax.named_scope('moe/experts'):
-    h_M2F = grouped_matmul(rows_MD, wi_ED2F.reshape(count, width, -1), sizes_E)
-    gate_MF, up_MF = jnp.split(h_M2F, 2, axis=-1)
-    y_MD = grouped_matmul(jax.nn.silu(gate_MF) * up_MF, wo_EFD, sizes_E)
-  with jax.named_scope('moe/combine'):
-    y_MXD = y_MD[jnp.argsort(order_M)].reshape(*ids_MX.shape, -1)
-    return (y_MXD.astype(jnp.float32) * weights_MX[..., None]).sum(1).astype(x_MD.dtype)
 
 
 def dispatch(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):

@@ -1,0 +1,147 @@
+"""The routed experts of one device: rows sorted by expert, two grouped matmuls, and their sum for each token.
+
+T tokens (of all sequences), M rows: one for each token and each of its X experts. An expert that lives elsewhere has no
+row here: rows past `Routes.sizes_E` hold nothing, are never read back, and may be NaN.
+
+What moves memory is written as gathers alone, forward and backward: a token's row goes to X places and the X rows of a
+token are summed, and each is the gradient of the other. Left to autodiff the first one's gradient would be a scatter
+that adds, which a GPU does with atomics: slowly, and in another order every time. The routing weight multiplies the
+activations, F wide and about to be written anyway, so that both ways carry plain copies and sums.
+
+Between forward and backward stay the sorted rows (X D numbers a token), gate and up (X 2 F) and indices. Activations
+are computed again.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, grouped_matmul
+
+CHUNK = 128  # choices that are compared with each other when sorting
+
+
+class Routes(NamedTuple):
+  """Where each choice of a token has its row, and back."""
+
+  place_TX: jax.Array  # int32, the row of a choice; M where its expert is elsewhere
+  choice_M: jax.Array  # int32, the choice t X + x that a row is for; past the groups 0
+  sizes_E: jax.Array  # int32, rows of each expert
+
+
+def sort(ids_TX, first, count: int) -> Routes:
+  """Sorts choices by expert, stably, for the `count` experts from `first` on.
+
+  By counting: rows before mine are those of smaller experts, those of my expert in earlier chunks, and those before me
+  in my chunk. Comparisons and short sums, which compilers fuse, where a sort of the ids costs a GPU dozens of launches.
+  """
+  rows = ids_TX.size
+  chunk = min(CHUNK, rows)
+  local_M = ids_TX.reshape(-1).astype(jnp.int32) - first
+  local_M = jnp.where((local_M >= 0) & (local_M < count), local_M, count)
+  local_CK = jnp.pad(local_M, (0, -rows % chunk), constant_values=count).reshape(-1, chunk)
+  hit_CKE = local_CK[:, :, None] == jnp.arange(count)
+  counts_CE = hit_CKE.sum(1, dtype=jnp.int32)
+  sizes_E = counts_CE.sum(0)
+  before_CE = jnp.cumsum(counts_CE, 0) - counts_CE + jnp.cumsum(sizes_E) - sizes_E
+  earlier_KK = jnp.arange(chunk)[:, None] > jnp.arange(chunk)
+  same_CKK = (local_CK[:, :, None] == local_CK[:, None, :]) & earlier_KK
+  place_CK = same_CKK.sum(2, dtype=jnp.int32) + jnp.where(hit_CKE, before_CE[:, None], 0).sum(2)
+  place_M = jnp.where(local_CK < count, place_CK, rows).reshape(-1)[:rows]
+  choice_M = jnp.zeros_like(local_M).at[place_M].set(jnp.arange(rows, dtype=jnp.int32), mode='drop',
+                                                     unique_indices=True)
+  return Routes(place_M.reshape(ids_TX.shape), choice_M, sizes_E)
+
+
+def _copies(x_TD, routes: Routes):
+  return x_TD[routes.choice_M // routes.place_TX.shape[1]]
+
+
+def _sums(y_MD, routes: Routes):
+  """One gather for each choice and not one of [T, X, D]: compilers then write sums only. In a fixed order, float32."""
+  total_TD = 0
+  for x in range(routes.place_TX.shape[1]):
+    y_TD = y_MD.at[routes.place_TX[:, x]].get(mode='fill', fill_value=0)
+    total_TD += y_TD.astype(jnp.float32)
+  return total_TD.astype(y_MD.dtype)
+
+
+@jax.custom_vjp
+def spread(x_TD, routes: Routes):
+  """Each token's row at the places of its choices, [M, D]."""
+  return _copies(x_TD, routes)
+
+
+@jax.custom_vjp
+def collect(y_MD, routes: Routes):
+  """Of each token, the sum of the rows of its choices that are here, [T, D]."""
+  return _sums(y_MD, routes)
+
+
+spread.defvjp(lambda x_TD, routes: (_copies(x_TD, routes), routes),
+              lambda routes, g_MD: (collect(g_MD, routes), None))
+collect.defvjp(lambda y_MD, routes: (_sums(y_MD, routes), routes),
+               lambda routes, g_TD: (spread(g_TD, routes), None))
+
+
+def _halves(h_M2F):
+  return (half.astype(jnp.float32) for half in jnp.split(h_M2F, 2, axis=1))
+
+
+def activate(h_M2F, weights_M):
+  """silu(gate) * up * weight: one pass, in float32."""
+  gate_MF, up_MF = _halves(h_M2F)
+  return (jax.nn.silu(gate_MF) * up_MF * weights_M[:, None]).astype(h_M2F.dtype)
+
+
+def activate_gradients(h_M2F, weights_M, da_MF):
+  """The gradients (to h_M2F, to weights_M), in float32, from that of `activate`."""
+  gate_MF, up_MF = _halves(h_M2F)
+  da_MF = da_MF.astype(jnp.float32)
+  sigmoid_MF = jax.nn.sigmoid(gate_MF)
+  silu_MF = gate_MF * sigmoid_MF
+  weighted_MF = da_MF * weights_M[:, None]
+  dgate_MF = weighted_MF * up_MF * (sigmoid_MF + silu_MF * (1 - sigmoid_MF))
+  dh_M2F = jnp.concatenate([dgate_MF.astype(h_M2F.dtype), (weighted_MF * silu_MF).astype(h_M2F.dtype)], axis=1)
+  return dh_M2F, (da_MF * silu_MF * up_MF).sum(1)
+
+
+@jax.custom_vjp
+def project(h_M2F, weights_TX, wo_EFD, routes: Routes):
+  """The rows' results from gate and up, times their routing weights."""
+  activated_MF = activate(h_M2F, weights_TX.reshape(-1)[routes.choice_M])
+  return grouped_matmul(activated_MF, wo_EFD, routes.sizes_E, zero_tail=False)
+
+
+def _project_backward(saved, dy_MD):
+  h_M2F, weights_TX, wo_EFD, routes = saved
+  # Behind the barrier, or the compiler finds the forward pass's activations to be the same and keeps them till now.
+  h_M2F = jax.lax.optimization_barrier(h_M2F)
+  weights_M = weights_TX.reshape(-1)[routes.choice_M]
+  activated_MF = activate(h_M2F, weights_M)
+  _, pull = jax.vjp(lambda a_MF, wo_EFD: grouped_matmul(a_MF, wo_EFD, routes.sizes_E, zero_tail=False),
+                    activated_MF, wo_EFD)
+  da_MF, dwo_EFD = pull(dy_MD)
+  dh_M2F, dweights_M = activate_gradients(h_M2F, weights_M, da_MF)
+  dweights_TX = dweights_M.at[routes.place_TX].get(mode='fill', fill_value=0)
+  return dh_M2F, dweights_TX.astype(weights_TX.dtype), dwo_EFD, None
+
+
+project.defvjp(lambda *operands: (project(*operands), operands), _project_backward)
+
+
+def experts(x_TD, ids_TX, weights_TX, wi_ED2F, wo_EFD, first):
+  """The weighted sum of the chosen experts among `first` .. first + E - 1; others contribute nothing."""
+  count, width = wi_ED2F.shape[:2]
+  # Before any custom gradient, so that weights held by several devices get their gradients summed.
+  x_TD, ids_TX, weights_TX, wi_ED2F, wo_EFD = dispatch.align_varying(x_TD, ids_TX, weights_TX, wi_ED2F, wo_EFD)
+  with jax.named_scope('moe/sort'):
+    routes = sort(ids_TX, first, count)
+  with jax.named_scope('moe/spread'):
+    rows_MD = spread(x_TD, routes)
+  with jax.named_scope('moe/experts'):
+    h_M2F = grouped_matmul(rows_MD, wi_ED2F.reshape(count, width, -1), routes.sizes_E, zero_tail=False)
+    y_MD = project(h_M2F, weights_TX, wo_EFD, routes)
+  with jax.named_scope('moe/collect'):
+    return collect(y_MD, routes)
