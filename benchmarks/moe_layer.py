@@ -135,8 +135,8 @@ class Layer:
 
     yield (s := stage('matmul: gate and up', 'forward', product_of, rows_MD, wi_ED2F, routes, flops=2 * product))
     h_M2F = out(s)
-    yield (s := stage('activate', 'forward', lambda h, w, r: experts.activate(h, w.reshape(-1)[r.choice_M]), h_M2F,
-                      weights_TX, routes, bytes=3 * f_bytes))
+    yield (s := stage('activate', 'forward', lambda h, w, r: experts.activate(h, experts.weights_of_rows(w, r)),
+                      h_M2F, weights_TX, routes, bytes=3 * f_bytes))
     activated_MF = out(s)
     yield (s := stage('matmul: down', 'forward', product_of, activated_MF, wo_EFD, routes, flops=product))
     y_MD = out(s)
@@ -193,7 +193,7 @@ def scatter_add(x_TD, drows_MD, routes):
 
 
 def activate_both(h_M2F, weights_TX, routes, da_MF):
-  weights_M = weights_TX.reshape(-1)[routes.choice_M]
+  weights_M = experts.weights_of_rows(weights_TX, routes)
   return experts.activate(h_M2F, weights_M), *experts.activate_gradients(h_M2F, weights_M, da_MF)
 
 

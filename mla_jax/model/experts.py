@@ -44,7 +44,10 @@ def sort(ids_TX, first, count: int) -> Routes:
   hit_CKE = local_CK[:, :, None] == jnp.arange(count)
   counts_CE = hit_CKE.sum(1, dtype=jnp.int32)
   sizes_E = counts_CE.sum(0)
-  before_CE = jnp.cumsum(counts_CE, 0) - counts_CE + jnp.cumsum(sizes_E) - sizes_E
+  index_E = jnp.arange(count)
+  before_CE = jnp.where(index_E < index_E[:, None], sizes_E, 0).sum(1)[None]
+  if len(counts_CE) > 1:
+    before_CE += jnp.cumsum(counts_CE, 0) - counts_CE
   earlier_KK = jnp.arange(chunk)[:, None] > jnp.arange(chunk)
   same_CKK = (local_CK[:, :, None] == local_CK[:, None, :]) & earlier_KK
   place_CK = same_CKK.sum(2, dtype=jnp.int32) + jnp.where(hit_CKE, before_CE[:, None], 0).sum(2)
@@ -55,15 +58,21 @@ def sort(ids_TX, first, count: int) -> Routes:
 
 
 def _copies(x_TD, routes: Routes):
-  return x_TD[routes.choice_M // routes.place_TX.shape[1]]
+  return x_TD.at[routes.choice_M // routes.place_TX.shape[1]].get(mode='promise_in_bounds')
+
+
+def _pick(y_M, place):
+  """The rows at `place`, 0 for those that are elsewhere. Selected, for what is past the groups may be NaN."""
+  rows = len(y_M)
+  y = y_M.at[jnp.minimum(place, rows - 1)].get(mode='promise_in_bounds')
+  return jnp.where((place < rows).reshape(place.shape + (1,) * (y_M.ndim - 1)), y, 0)
 
 
 def _sums(y_MD, routes: Routes):
   """One gather for each choice and not one of [T, X, D]: compilers then write sums only. In a fixed order, float32."""
   total_TD = 0
   for x in range(routes.place_TX.shape[1]):
-    y_TD = y_MD.at[routes.place_TX[:, x]].get(mode='fill', fill_value=0)
-    total_TD += y_TD.astype(jnp.float32)
+    total_TD += _pick(y_MD, routes.place_TX[:, x]).astype(jnp.float32)
   return total_TD.astype(y_MD.dtype)
 
 
@@ -83,6 +92,10 @@ spread.defvjp(lambda x_TD, routes: (_copies(x_TD, routes), routes),
               lambda routes, g_MD: (collect(g_MD, routes), None))
 collect.defvjp(lambda y_MD, routes: (_sums(y_MD, routes), routes),
                lambda routes, g_TD: (spread(g_TD, routes), None))
+
+
+def weights_of_rows(weights_TX, routes: Routes):
+  return weights_TX.reshape(-1).at[routes.choice_M].get(mode='promise_in_bounds')
 
 
 def _halves(h_M2F):
@@ -110,7 +123,7 @@ def activate_gradients(h_M2F, weights_M, da_MF):
 @jax.custom_vjp
 def project(h_M2F, weights_TX, wo_EFD, routes: Routes):
   """The rows' results from gate and up, times their routing weights."""
-  activated_MF = activate(h_M2F, weights_TX.reshape(-1)[routes.choice_M])
+  activated_MF = activate(h_M2F, weights_of_rows(weights_TX, routes))
   return grouped_matmul(activated_MF, wo_EFD, routes.sizes_E, zero_tail=False)
 
 
@@ -118,14 +131,13 @@ def _project_backward(saved, dy_MD):
   h_M2F, weights_TX, wo_EFD, routes = saved
   # Behind the barrier, or the compiler finds the forward pass's activations to be the same and keeps them till now.
   h_M2F = jax.lax.optimization_barrier(h_M2F)
-  weights_M = weights_TX.reshape(-1)[routes.choice_M]
+  weights_M = weights_of_rows(weights_TX, routes)
   activated_MF = activate(h_M2F, weights_M)
   _, pull = jax.vjp(lambda a_MF, wo_EFD: grouped_matmul(a_MF, wo_EFD, routes.sizes_E, zero_tail=False),
                     activated_MF, wo_EFD)
   da_MF, dwo_EFD = pull(dy_MD)
   dh_M2F, dweights_M = activate_gradients(h_M2F, weights_M, da_MF)
-  dweights_TX = dweights_M.at[routes.place_TX].get(mode='fill', fill_value=0)
-  return dh_M2F, dweights_TX.astype(weights_TX.dtype), dwo_EFD, None
+  return dh_M2F, _pick(dweights_M, routes.place_TX).astype(weights_TX.dtype), dwo_EFD, None
 
 
 project.defvjp(lambda *operands: (project(*operands), operands), _project_backward)

@@ -23,10 +23,52 @@ class Balance(NamedTuple):
   loss: jax.Array  # float32, sum over sequences of sum_e f_e P_e, without alpha
 
 
+def _pieces(x, count: int):
+  """A float32 array as the sum of `count` bfloat16 ones; three hold all of its 24 bits."""
+  out = []
+  for _ in range(count):
+    # Rounded this way, for a compiler may take a cast to bfloat16 and back for nothing at all.
+    piece = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    out.append(piece.astype(jnp.bfloat16))
+    x = x - piece
+  return out
+
+
+def _dot(equation, x, y):
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _logits_from_bfloat16(x_BTD, router_DE):
+  """x_BTD @ router_DE as in float32: products of bfloat16 pieces, exact, summed in float32, at the speed of matrix units
+  that have no float32."""
+  return sum(jnp.split(_dot('BTD,DE->BTE', x_BTD, jnp.concatenate(_pieces(router_DE, 3), axis=1)), 3, axis=2))
+
+
+def _logits_backward(saved, g_BTE):
+  x_BTD, router_DE = saved
+  g_3BTE, (w1_DE, w2_DE) = _pieces(g_BTE, 3), _pieces(router_DE, 2)
+  drouter_DE = sum(jnp.split(_dot('BTD,BTE->DE', x_BTD, jnp.concatenate(g_3BTE, axis=2)), 3, axis=1))
+  # What is left out is below 2^-16 of the sum of the terms' sizes; the result is rounded to bfloat16 anyway.
+  dx_BTD = _dot('BTE,DE->BTD', jnp.concatenate([*g_3BTE[:2], g_3BTE[0]], axis=2),
+                jnp.concatenate([w1_DE, w1_DE, w2_DE], axis=1))
+  return dx_BTD.astype(x_BTD.dtype), drouter_DE
+
+
+_logits_from_bfloat16.defvjp(lambda *operands: (_logits_from_bfloat16(*operands), operands), _logits_backward)
+
+
+def router_logits(x_BTD, router_DE):
+  """Float32 whatever the compute dtype: near-ties decide between experts."""
+  if x_BTD.dtype == jnp.bfloat16 and router_DE.dtype == jnp.float32:
+    return _logits_from_bfloat16(x_BTD, router_DE)
+  return jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32),
+                    precision=jax.lax.Precision.HIGHEST)
+
+
 def scores(x_BTD, router_DE, scoring: str):
   """Affinities in float32, [B, T, E]."""
-  logits_BTE = jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32),
-                          precision=jax.lax.Precision.HIGHEST)
+  logits_BTE = router_logits(x_BTD, router_DE)
   return jax.nn.sigmoid(logits_BTE) if scoring == 'sigmoid' else jax.nn.softmax(logits_BTE, axis=-1)
 
 
