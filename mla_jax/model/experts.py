@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, grouped_matmul
 
-CHUNK = 128  # choices that are compared with each other when sorting
+CHUNK = 32  # choices that are compared with each other when sorting
 
 
 class Routes(NamedTuple):

@@ -40,7 +40,7 @@ def _dot(equation, x, y):
 
 @jax.custom_vjp
 def _logits_from_bfloat16(x_BTD, router_DE):
-  """x_BTD @ router_DE as in float32: products of bfloat16 pieces, exact, summed in float32, at the speed of matrix units
+  """x_BTD @ router_DE as in float32: exact products of bfloat16 pieces, summed in float32, at the speed of matrix units
   that have no float32."""
   return sum(jnp.split(_dot('BTD,DE->BTE', x_BTD, jnp.concatenate(_pieces(router_DE, 3), axis=1)), 3, axis=2))
 
