@@ -81,6 +81,7 @@ class Layer:
 
     def both(params, x_BTD, bias_E, valid_BT, dy_BTD):
       out, pull = jax.vjp(lambda *x: forward(*x, bias_E, valid_BT), params, x_BTD)
+      out, dy_BTD = jax.lax.optimization_barrier((out, dy_BTD))  # as in a model, no gradient comes before the result
       cotangent = moe.Balance(jnp.zeros(c.n_routed_experts), jnp.float32(c.aux_loss_alpha))
       return out, pull((dy_BTD, cotangent))
 

@@ -130,13 +130,14 @@ def project(h_M2F, weights_TX, wo_EFD, routes: Routes):
 def _project_backward(saved, dy_MD):
   h_M2F, weights_TX, wo_EFD, routes = saved
   # Behind the barrier, or the compiler finds the forward pass's activations to be the same and keeps them till now.
-  h_M2F = jax.lax.optimization_barrier(h_M2F)
+  h_M2F, dy_MD = jax.lax.optimization_barrier((h_M2F, dy_MD))
   weights_M = weights_of_rows(weights_TX, routes)
   activated_MF = activate(h_M2F, weights_M)
   _, pull = jax.vjp(lambda a_MF, wo_EFD: grouped_matmul(a_MF, wo_EFD, routes.sizes_E, zero_tail=False),
                     activated_MF, wo_EFD)
   da_MF, dwo_EFD = pull(dy_MD)
-  dh_M2F, dweights_M = activate_gradients(h_M2F, weights_M, da_MF)
+  # Behind this one, or XLA for GPUs computes each row's sum in the one thread that writes it to its place.
+  dh_M2F, dweights_M = jax.lax.optimization_barrier(activate_gradients(h_M2F, weights_M, da_MF))
   return dh_M2F, _pick(dweights_M, routes.place_TX).astype(weights_TX.dtype), dwo_EFD, None
 
 
