@@ -28,7 +28,7 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import flash_attention, grouped_matmul, mla_decode
+from pallas_kernels import flash_attention, grouped_matmul, mla_decode, swiglu_gradients
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
@@ -88,6 +88,11 @@ def grouped_fp8(name, groups, m, k, n):
                ((m, k // 128), F32), ((groups, k // 128, -(-n // 128)), F32)))
 
 
+def swiglu(name, m, f):
+  return Case(f'swiglu_gradients, {name}', functools.partial(swiglu_gradients, implementation='gpu'),
+              (((m, 2 * f), BF16), ((m,), F32), ((m, f), BF16)))
+
+
 DKV = 'flash_attention_dkv'
 CASES = (
   # Of what dkv spills, nothing lies in the loop over blocks that need no mask.
@@ -103,6 +108,8 @@ CASES = (
   *grouped('float32 result, odd rows', 8, 1001, 192, 320, F32),
   grouped_fp8('V3 gate and up', 32, 32768, 7168, 4096),
   grouped_fp8('Lite down', 64, 32768, 1408, 2048),
+  swiglu('Lite', 196608, 1408),
+  swiglu('a cut tile', 1000, 192),
   decode('V3, one token', 128, 4096, 128, 1),
   decode('V3, two tokens', 128, 4096, 128, 2),
   decode('Lite, one token', 128, 4096, 16, 1),

@@ -33,7 +33,7 @@ from flax import nnx
 from benchmarks import timing
 from mla_jax.config import ModelConfig
 from mla_jax.model import experts, layers, moe
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, swiglu, swiglu_gradients
 
 TOKENS = flags.DEFINE_integer('tokens', 0, 'In sequences of 4096; 0: 32768 on an accelerator, 512 on a CPU')
 TRACE = flags.DEFINE_string('trace', '', 'Folder for a profile of the whole layer, whose kernels are then printed')
@@ -138,8 +138,8 @@ class Layer:
 
     yield (s := stage('matmul: gate and up', 'forward', product_of, rows_MD, wi_ED2F, routes, flops=2 * product))
     h_M2F = out(s)
-    yield (s := stage('activate', 'forward', lambda h, w, r: experts.activate(h, experts.weights_of_rows(w, r)),
-                      h_M2F, weights_TX, routes, bytes=3 * f_bytes))
+    yield (s := stage('activate', 'forward', lambda h, w, r: swiglu(h, experts.weights_of_rows(w, r)), h_M2F,
+                      weights_TX, routes, bytes=3 * f_bytes))
     activated_MF = out(s)
     yield (s := stage('matmul: down', 'forward', product_of, activated_MF, wo_EFD, routes, flops=product))
     y_MD = out(s)
@@ -154,9 +154,14 @@ class Layer:
     da_MF = out(s)
     yield stage('matmul: down, to weights', 'backward', gradient_of(1), activated_MF, wo_EFD, dy_MD, routes,
                 flops=product, flops_a_second=FLOPS_TO_WEIGHTS)
-    yield (s := stage('activate again and its gradient', 'backward', activate_both, h_M2F, weights_TX, routes, da_MF,
+    def again(implementation):
+      return lambda h, w, r, da: swiglu_gradients(h, experts.weights_of_rows(w, r), da, implementation=implementation)
+
+    yield (s := stage('activate again and its gradient', 'backward', again(None), h_M2F, weights_TX, routes, da_MF,
                       bytes=6 * f_bytes))
     dh_M2F = out(s)[1]
+    yield stage('activate again and its gradient, by XLA', 'other', again('xla'), h_M2F, weights_TX, routes, da_MF,
+                bytes=6 * f_bytes)
     yield (s := stage('matmul: gate and up, to lhs', 'backward', gradient_of(0), rows_MD, wi_ED2F, dh_M2F, routes,
                       flops=2 * product))
     drows_MD = out(s)
@@ -199,11 +204,6 @@ def weighted_sum(y_MD, weights_TX, routes):
 
 def scatter_add(x_TD, drows_MD, routes):
   return jax.vjp(lambda x_TD: x_TD[routes.choice_M // routes.place_TX.shape[1]], x_TD)[1](drows_MD)
-
-
-def activate_both(h_M2F, weights_TX, routes, da_MF):
-  weights_M = experts.weights_of_rows(weights_TX, routes)
-  return experts.activate(h_M2F, weights_M), *experts.activate_gradients(h_M2F, weights_M, da_MF)
 
 
 def measure(stage: Stage, launches: int) -> float:

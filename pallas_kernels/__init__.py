@@ -4,5 +4,6 @@
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.mla_decode import make_plan, mla_decode
+from pallas_kernels.swiglu import swiglu, swiglu_gradients
 
-__all__ = ['flash_attention', 'grouped_matmul', 'make_plan', 'mla_decode']
+__all__ = ['flash_attention', 'grouped_matmul', 'make_plan', 'mla_decode', 'swiglu', 'swiglu_gradients']

@@ -134,6 +134,14 @@ def mla_decode_case(name, lengths, t, max_pages, page=16, heads=4, c=32, r=8, dt
   return Case(name, arrays, {'scale': scale, 'value_width': c, 'return_lse': True}, tolerance=TOLERANCE[dtype])
 
 
+def swiglu_case(name, m, f, dtype='float32'):
+  def arrays(rng):
+    return {'h_M2F': _normal(rng, (m, 2 * f), dtype) * 3, 'weights_M': rng.uniform(0, 1, m).astype(np.float32),
+            'dy_MF': _normal(rng, (m, f), dtype)}
+
+  return Case(name, arrays, tolerance=TOLERANCE[dtype])
+
+
 def _normal(rng, shape, dtype):
   return rng.standard_normal(shape, np.float32).astype(getattr(ml_dtypes, dtype, dtype))
 
@@ -151,6 +159,11 @@ CASES = {
     grouped_matmul_case('bfloat16, tiles of a GPU', (70, 0, 98, 9), m=197, k=64, n=192, dtype='bfloat16'),
     grouped_matmul_fp8_case('FP8 with cut blocks', (3, 0, 7), m=12, k=160, n=136),
     grouped_matmul_fp8_case('FP8, tiles of a GPU', (70, 0, 98, 9), m=197, k=256, n=192),
+  ),
+  'swiglu_gradients': (
+    swiglu_case('odd sizes', 37, 9),
+    swiglu_case('bfloat16', 37, 9, 'bfloat16'),
+    swiglu_case('bfloat16, tiles of a GPU', 200, 192, 'bfloat16'),
   ),
   'flash_attention': (
     flash_attention_case('causal'),

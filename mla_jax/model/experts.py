@@ -9,7 +9,7 @@ that adds, which a GPU does with atomics: slowly, and in another order every tim
 activations, F wide and about to be written anyway, so that both ways carry plain copies and sums.
 
 Between forward and backward stay the sorted rows (X D numbers a token), gate and up (X 2 F) and indices. Activations
-are computed again.
+are computed again, in the pass that computes their gradients.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, grouped_matmul
+from pallas_kernels import dispatch, grouped_matmul, swiglu, swiglu_gradients
 
 CHUNK = 32  # choices that are compared with each other when sorting
 
@@ -98,46 +98,24 @@ def weights_of_rows(weights_TX, routes: Routes):
   return weights_TX.reshape(-1).at[routes.choice_M].get(mode='promise_in_bounds')
 
 
-def _halves(h_M2F):
-  return (half.astype(jnp.float32) for half in jnp.split(h_M2F, 2, axis=1))
-
-
-def activate(h_M2F, weights_M):
-  """silu(gate) * up * weight: one pass, in float32."""
-  gate_MF, up_MF = _halves(h_M2F)
-  return (jax.nn.silu(gate_MF) * up_MF * weights_M[:, None]).astype(h_M2F.dtype)
-
-
-def activate_gradients(h_M2F, weights_M, da_MF):
-  """The gradients (to h_M2F, to weights_M), in float32, from that of `activate`."""
-  gate_MF, up_MF = _halves(h_M2F)
-  da_MF = da_MF.astype(jnp.float32)
-  sigmoid_MF = jax.nn.sigmoid(gate_MF)
-  silu_MF = gate_MF * sigmoid_MF
-  weighted_MF = da_MF * weights_M[:, None]
-  dgate_MF = weighted_MF * up_MF * (sigmoid_MF + silu_MF * (1 - sigmoid_MF))
-  dh_M2F = jnp.concatenate([dgate_MF.astype(h_M2F.dtype), (weighted_MF * silu_MF).astype(h_M2F.dtype)], axis=1)
-  return dh_M2F, (da_MF * silu_MF * up_MF).sum(1)
-
-
 @jax.custom_vjp
 def project(h_M2F, weights_TX, wo_EFD, routes: Routes):
   """The rows' results from gate and up, times their routing weights."""
-  activated_MF = activate(h_M2F, weights_of_rows(weights_TX, routes))
+  return _down(swiglu(h_M2F, weights_of_rows(weights_TX, routes)), wo_EFD, routes)
+
+
+def _down(activated_MF, wo_EFD, routes):
   return grouped_matmul(activated_MF, wo_EFD, routes.sizes_E, zero_tail=False)
 
 
 def _project_backward(saved, dy_MD):
   h_M2F, weights_TX, wo_EFD, routes = saved
-  # Behind the barrier, or the compiler finds the forward pass's activations to be the same and keeps them till now.
-  h_M2F, dy_MD = jax.lax.optimization_barrier((h_M2F, dy_MD))
-  weights_M = weights_of_rows(weights_TX, routes)
-  activated_MF = activate(h_M2F, weights_M)
-  _, pull = jax.vjp(lambda a_MF, wo_EFD: grouped_matmul(a_MF, wo_EFD, routes.sizes_E, zero_tail=False),
-                    activated_MF, wo_EFD)
-  da_MF, dwo_EFD = pull(dy_MD)
-  # Behind this one, or XLA for GPUs computes each row's sum in the one thread that writes it to its place.
-  dh_M2F, dweights_M = jax.lax.optimization_barrier(activate_gradients(h_M2F, weights_M, da_MF))
+  # Where gradients are taken does not matter to those of the left operand, so the gate stands in for the activations,
+  # which are computed again together with their own gradients.
+  gate_MF = h_M2F[:, :wo_EFD.shape[1]]
+  (dactivated_MF,) = jax.vjp(lambda a_MF: _down(a_MF, wo_EFD, routes), gate_MF)[1](dy_MD)
+  activated_MF, dh_M2F, dweights_M = swiglu_gradients(h_M2F, weights_of_rows(weights_TX, routes), dactivated_MF)
+  (dwo_EFD,) = jax.vjp(lambda wo_EFD: _down(activated_MF, wo_EFD, routes), wo_EFD)[1](dy_MD)
   return dh_M2F, _pick(dweights_M, routes.place_TX).astype(weights_TX.dtype), dwo_EFD, None
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels import dispatch, flash_attention, grouped_matmul, mla_decode
+from pallas_kernels import dispatch, flash_attention, grouped_matmul, mla_decode, swiglu_gradients
 
-OPS = (flash_attention, grouped_matmul, mla_decode)
+OPS = (flash_attention, grouped_matmul, mla_decode, swiglu_gradients)
 
 
 def absent(platform):
