@@ -26,6 +26,53 @@ def median_seconds(function, *operand_sets, launches=20, repeats=5):
   return statistics.median(seconds)
 
 
+def alternate(calls, *, seconds=0.1, rounds=5) -> dict[str, float]:
+  """Median seconds of a call of each of {name: (call, wait)}, in rounds that alternate.
+
+  A GPU at its power limit slows down under whatever runs, so each is measured in every state of the chip; a round is so
+  many seconds of calls queued back to back, for power is averaged over milliseconds.
+  """
+  times = {name: [] for name in calls}
+  for _ in range(rounds):
+    for name, (call, wait) in calls.items():
+      wait(call())
+      start = time.perf_counter()
+      wait(call())
+      count = max(1, int(seconds / (time.perf_counter() - start)))
+      start = time.perf_counter()
+      for _ in range(count):
+        out = call()
+      wait(out)
+      times[name].append((time.perf_counter() - start) / count)
+  return {name: statistics.median(t) for name, t in times.items()}
+
+
+def kernel_seconds(function, *operand_sets, launches=100) -> dict[str, float]:
+  """Seconds of each kernel that a call launches, {name: mean over the launches}, by the GPU's own clock (CUPTI).
+
+  What the host takes to launch is not in it, which for a small call is more than the call. operand_sets: as for
+  `median_seconds`. The chip is under this load for a moment before it is measured.
+  """
+  from jax._src.lib import mosaic_gpu  # what jax.experimental.mosaic.gpu.profiler calls; that takes one set of operands
+
+  median_seconds(function, *operand_sets, launches=launches, repeats=3)
+  mosaic_gpu._mosaic_gpu_ext._cupti_init()
+  try:
+    jax.block_until_ready([function(*operand_sets[i % len(operand_sets)]) for i in range(launches)])
+  finally:
+    launched = mosaic_gpu._mosaic_gpu_ext._cupti_get_timings(True)
+  total = {}
+  for name, milliseconds in launched:
+    total[name] = total.get(name, 0.) + milliseconds / 1e3 / launches
+  return total
+
+
+def relative_error(x, expected) -> float:
+  """In the Euclidean norm."""
+  x, expected = jnp.asarray(x, jnp.float32), jnp.asarray(expected, jnp.float32)
+  return float(jnp.linalg.norm((x - expected).ravel()) / jnp.linalg.norm(expected.ravel()))
+
+
 def on_gpu() -> bool:
   return jax.default_backend() == 'gpu'
 
