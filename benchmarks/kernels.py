@@ -94,7 +94,8 @@ def cudnn_attention(batch, heads, length):
 
 def mla_decode(peer: bool, only: str):
   """One layer's absorbed attention over bfloat16 pages in random order; the plan is made before, as for a model's
-  layers. On a GPU ms is what its kernels take by the GPU's own clock, wall_ms what calls queued by a host take."""
+  layers. On a GPU ms is what its kernels take by the GPU's own clock, wall_ms what calls take that a host queues back to
+  back, at the power limit and with what the host takes."""
   del peer  # FlashMLA installs on no machine of ours; anchors are in the README
   for heads, batch, keys, tokens in DECODE_SHAPES[timing.on_gpu()]:
     shape = f'H{heads} B{batch} S{keys} T{tokens}'
@@ -118,7 +119,7 @@ def mla_decode(peer: bool, only: str):
     wall = timing.median_seconds(call, *sets, launches=max(20, turns))
     fields = {}
     if timing.on_gpu():
-      kernels = timing.kernel_seconds(call, *sets, launches=max(100, turns))
+      kernels = timing.kernel_seconds(call, *sets)
       fields = dict(wall_ms=wall * 1e3, kernels_us={name: t * 1e6 for name, t in kernels.items()})
     seconds = sum(kernels.values()) if timing.on_gpu() else wall
     flops = 2 * batch * tokens * heads * keys * (2 * LATENT + ROPE)
