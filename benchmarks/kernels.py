@@ -94,7 +94,7 @@ def cudnn_attention(batch, heads, length):
 
 def mla_decode(peer: bool, only: str):
   """One layer's absorbed attention over bfloat16 pages in random order; the plan is made before, as for a model's
-  layers. On a GPU ms is what its kernels take by the GPU's own clock, wall_ms what calls take that a host queues back to
+  layers. On a GPU ms is what its kernels take by the GPU's own clock, wall_ms what calls take that are queued back to
   back, at the power limit and with what the host takes."""
   del peer  # FlashMLA installs on no machine of ours; anchors are in the README
   for heads, batch, keys, tokens in DECODE_SHAPES[timing.on_gpu()]:

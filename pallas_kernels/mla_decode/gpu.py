@@ -390,13 +390,8 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, p
 
       def run(i, loaded):
         request, length, _, begin, end = segment(i)
-        pl.when(i > 0)(lambda: plgpu.barrier_wait(q_free))
-        here = pl.ds(block * ROWS, merged)
-        for tile, column, columns in ((q_left, 0, half), (q_right, half, half), (q_rope, 2 * half, rope)):
-          plgpu.copy_gmem_to_smem(q_g.at[request, here, pl.ds(column, columns)], tile.at[0, pl.ds(0, merged)], q_ready)
 
-        @pl.loop(begin, end)
-        def _(j):
+        def load_keys(j):
           second = (2 * j + 1) * BLOCK < length
           even, odd = pages_of(request, 2 * j), pages_of(request, 2 * j + 1)
 
@@ -414,6 +409,13 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, p
           load_block(odd, 2 * j + 1, second, k_left, 1, 0, half, k_ready2.at[1])
           load_block(odd, 2 * j + 1, second, k_rope, 1, 2 * half, rope, k_ready2.at[1])
 
+        # The first keys before the queries, whose place the last request's output still passes through.
+        pl.when(begin < end)(lambda: load_keys(begin))
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(q_free))
+        here = pl.ds(block * ROWS, merged)
+        for tile, column, columns in ((q_left, 0, half), (q_right, half, half), (q_rope, 2 * half, rope)):
+          plgpu.copy_gmem_to_smem(q_g.at[request, here, pl.ds(column, columns)], tile.at[0, pl.ds(0, merged)], q_ready)
+        pl.loop(begin + 1, end)(load_keys)
         return loaded + jnp.maximum(end - begin, 0)
 
       lax.fori_loop(0, segments, run, jnp.int32(0))
