@@ -4,9 +4,6 @@ Rounds of ours and of torch._grouped_mm, on the same arrays, alternate: a GPU at
 whatever runs first.
 """
 
-import statistics
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +15,6 @@ from pallas_kernels import grouped_matmul
 SHAPES = {True: ((32, 8192, 7168, 2048), (32, 8192, 2048, 7168), (32, 32768, 7168, 4096), (64, 32768, 2048, 1408),
                  (8, 65536, 7168, 4096)),
           False: ((8, 512, 256, 128),)}
-SECONDS = 0.1  # of calls in a round: a GPU's power is averaged over less
-ROUNDS = 5
 
 
 def group_sizes(groups: int, rows: int, load: str) -> np.ndarray:
@@ -30,27 +25,15 @@ def group_sizes(groups: int, rows: int, load: str) -> np.ndarray:
   return np.random.default_rng(0).permutation(sizes)
 
 
-def alternate(calls):
-  """Median seconds of a call of each of {name: (call, wait)}."""
-  times = {name: [] for name in calls}
-  for _ in range(ROUNDS):
-    for name, (call, wait) in calls.items():
-      wait(call())
-      start = time.perf_counter()
-      wait(call())
-      count = max(1, int(SECONDS / (time.perf_counter() - start)))
-      start = time.perf_counter()
-      for _ in range(count):
-        out = call()
-      wait(out)
-      times[name].append((time.perf_counter() - start) / count)
-  return {name: statistics.median(t) for name, t in times.items()}
-
-
-def run(peer: bool):
+def run(peer: bool, only: str):
   for shape in SHAPES[timing.on_gpu()]:
     for load in ('balanced', 'zipf'):
-      measure(*shape, load, peer)
+      if only in f'{_name(*shape)} {load}':
+        measure(*shape, load, peer)
+
+
+def _name(groups, m, k, n):
+  return f'G{groups} M{m} K{k} N{n}'
 
 
 def measure(groups, m, k, n, load, peer):
@@ -70,8 +53,6 @@ def measure(groups, m, k, n, load, peer):
   ours = {'forward': lambda: forward(lhs, rhs, sizes_G), 'gradient to lhs': lambda: to_lhs(lhs, rhs, dy, sizes_G),
           'gradient to rhs': lambda: to_rhs(lhs, rhs, dy, sizes_G)}
   theirs = {}
-  if peer and not timing.on_gpu():
-    raise SystemExit('torch._grouped_mm is timed on a GPU; leave --peer out here')
   if peer:
     import torch
     a, b, d = map(torch.from_dlpack, (lhs, rhs, dy))
@@ -83,12 +64,12 @@ def measure(groups, m, k, n, load, peer):
     calls = {'ours': (call, ready)}
     if peer:
       calls['torch'] = theirs[op], lambda _: torch.cuda.synchronize()
-    seconds = alternate(calls)
+    seconds = timing.alternate(calls)
     rate = {name: 2 * m * k * n / t / 1e12 for name, t in seconds.items()}
     fields = {}
     if peer:
       fields = dict(peer='torch._grouped_mm', peer_ms=seconds['torch'] * 1e3,
                     peer_over_ours=seconds['torch'] / seconds['ours'])
-    timing.print_line(op='grouped_matmul', direction=op, hardware=timing.hardware(), shape=f'G{groups} M{m} K{k} N{n}',
+    timing.print_line(op='grouped_matmul', direction=op, hardware=timing.hardware(), shape=_name(groups, m, k, n),
                       load=load, implementation=grouped_matmul.implementations()[0], ms=seconds['ours'] * 1e3,
                       tflops=rate['ours'], fraction_of_matmul=rate['ours'] * 1e12 / timing.matmul_limit(), **fields)
