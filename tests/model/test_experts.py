@@ -73,7 +73,7 @@ def test_sort_agrees_with_a_stable_sort(rows, first, count):
   routes = jax.jit(functools.partial(experts.sort, count=count))(ids_TX, first)
   order = [r for r in np.argsort(ids_TX[:, 0], kind='stable') if here[r]]
   np.testing.assert_array_equal(routes.choice_M[:len(order)], order)
-  np.testing.assert_array_equal(routes.choice_M[len(order):], 0)
+  assert sorted(routes.choice_M.tolist()) == list(range(rows))
   np.testing.assert_array_equal(routes.place_TX[order, 0], np.arange(len(order)))
   np.testing.assert_array_equal(routes.place_TX[~here], rows)
   np.testing.assert_array_equal(routes.sizes_E, np.bincount(ids_TX[here, 0] - first, minlength=count))
@@ -106,6 +106,17 @@ def test_what_is_past_the_groups_may_be_nan(monkeypatch):
   assert_close(with_gradients(in_shards, *inputs()), expected(np.float32), 5e-7)
   assert calls
   assert not any(calls)  # nobody pays for zeros that nobody reads
+
+
+@pytest.mark.parametrize('width', [D, D + 1])
+def test_rows_travel_as_words_on_a_gpu(monkeypatch, width):
+  x_TD = jax.random.normal(jax.random.key(0), (T, width), jnp.bfloat16)
+  routes = experts.sort(inputs()[1], 0, E)
+  plain_MD = experts.spread(x_TD, routes)
+  monkeypatch.setattr(experts.dispatch, 'platform', lambda *_: 'gpu')
+  np.testing.assert_array_equal(experts.spread(x_TD, routes), plain_MD)
+  words = 'bitcast_convert_type' in str(jax.make_jaxpr(experts.spread)(x_TD, routes))
+  assert words == (width % 2 == 0)
 
 
 def test_no_scatter_adds_anything():
