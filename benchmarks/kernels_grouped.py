@@ -1,9 +1,12 @@
 """grouped_matmul's part of benchmarks.kernels: forward and both gradients, with balanced and Zipf(1.0) groups.
 
 Rounds of ours and of torch._grouped_mm, on the same arrays, alternate: a GPU at its power limit slows down under
-whatever runs first.
+whatever runs first. FP8 has lines of its own (--op=grouped_matmul_fp8), beside torch._scaled_grouped_mm on the same
+bytes; torch scales whole rows and columns, we tiles of 128 and blocks of 128x128. `error` is that of the result against
+the product of the same quantised numbers in float32, both as Euclidean norms.
 """
 
+import functools
 import statistics
 import time
 
@@ -12,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, quantise_blocks, quantise_tiles
 
 # Groups, rows, contraction, columns. On a CPU a small one.
 SHAPES = {True: ((32, 8192, 7168, 2048), (32, 8192, 2048, 7168), (32, 32768, 7168, 4096), (64, 32768, 2048, 1408),
@@ -66,29 +69,83 @@ def measure(groups, m, k, n, load, peer):
     return jax.jit(gradient)
 
   forward, to_lhs, to_rhs = jax.jit(grouped_matmul), transpose(0), transpose(1)
-  sizes_G, ready = jnp.asarray(sizes), jax.block_until_ready
+  sizes_G = jnp.asarray(sizes)
   ours = {'forward': lambda: forward(lhs, rhs, sizes_G), 'gradient to lhs': lambda: to_lhs(lhs, rhs, dy, sizes_G),
           'gradient to rhs': lambda: to_rhs(lhs, rhs, dy, sizes_G)}
-  theirs = {}
-  if peer and not timing.on_gpu():
-    raise SystemExit('torch._grouped_mm is timed on a GPU; leave --peer out here')
+  theirs, torch = {}, _torch() if peer else None
   if peer:
-    import torch
     a, b, d = map(torch.from_dlpack, (lhs, rhs, dy))
     ends = torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).to(a.device)
     theirs = {'forward': lambda: torch._grouped_mm(a, b, offs=ends),
               'gradient to lhs': lambda: torch._grouped_mm(d, b.transpose(1, 2), offs=ends),
               'gradient to rhs': lambda: torch._grouped_mm(a.t(), d, offs=ends)}
   for op, call in ours.items():
-    calls = {'ours': (call, ready)}
-    if peer:
-      calls['torch'] = theirs[op], lambda _: torch.cuda.synchronize()
-    seconds = alternate(calls)
-    rate = {name: 2 * m * k * n / t / 1e12 for name, t in seconds.items()}
-    fields = {}
-    if peer:
-      fields = dict(peer='torch._grouped_mm', peer_ms=seconds['torch'] * 1e3,
-                    peer_over_ours=seconds['torch'] / seconds['ours'])
-    timing.print_line(op='grouped_matmul', direction=op, hardware=timing.hardware(), shape=f'G{groups} M{m} K{k} N{n}',
-                      load=load, implementation=grouped_matmul.implementations()[0], ms=seconds['ours'] * 1e3,
-                      tflops=rate['ours'], fraction_of_matmul=rate['ours'] * 1e12 / timing.matmul_limit(), **fields)
+    report('grouped_matmul', op, (groups, m, k, n), load, call, 'torch._grouped_mm', theirs.get(op))
+
+
+def run_fp8(peer: bool):
+  for shape in SHAPES[timing.on_gpu()]:
+    for load in ('balanced', 'zipf'):
+      measure_fp8(*shape, load, peer)
+
+
+def measure_fp8(groups, m, k, n, load, peer):
+  """Forward with weights stored as the tensor cores read them, [G, N, K]; quantising is not in the time."""
+  keys = jax.random.split(jax.random.key(0), 2)
+  lhs, lhs_scales = jax.jit(quantise_tiles)(jax.random.normal(keys[0], (m, k), jnp.bfloat16))
+  rhs_GNK, scales_GNK = jax.jit(quantise_blocks)(jax.random.normal(keys[1], (groups, n, k), jnp.bfloat16))
+  sizes = group_sizes(groups, m, load)
+  operands = lhs, rhs_GNK, jnp.asarray(sizes), lhs_scales, scales_GNK
+
+  def multiply(lhs, rhs_GNK, sizes_G, lhs_scales, scales_GNK, **options):
+    return grouped_matmul(lhs, rhs_GNK.swapaxes(1, 2), sizes_G, lhs_scales, scales_GNK.swapaxes(1, 2), **options)
+
+  forward = jax.jit(multiply)
+  expected = functools.partial(multiply, out_dtype=jnp.float32, implementation='xla')
+  torch = _torch() if peer else None
+  theirs = None
+  if peer:
+    a, b = (torch.from_dlpack(jax.lax.bitcast_convert_type(x, jnp.uint8)).view(torch.float8_e4m3fn)
+            for x in (lhs, rhs_GNK))
+    row_scales, column_scales = torch.ones(m, device=a.device), torch.ones((groups, n), device=a.device)
+    ends = torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).to(a.device)
+
+    def theirs():
+      return torch._scaled_grouped_mm(a, b.transpose(1, 2), row_scales, column_scales, offs=ends,
+                                      out_dtype=torch.bfloat16, use_fast_accum=True)
+
+  report('grouped_matmul FP8', 'forward', (groups, m, k, n), load, lambda: forward(*operands),
+         'torch._scaled_grouped_mm, a scale a row', theirs, error=error(forward(*operands), expected, operands))
+
+
+def error(actual, expected, operands) -> float:
+  """||actual - expected(*operands)|| / ||expected(*operands)||, products in float32."""
+  @jax.jit
+  def relative(actual, operands):
+    with jax.default_matmul_precision('highest'):
+      y = expected(*operands).astype(jnp.float32)
+    return jnp.linalg.norm(actual.astype(jnp.float32) - y) / jnp.linalg.norm(y)
+
+  return float(relative(actual, operands))
+
+
+def _torch():
+  if not timing.on_gpu():
+    raise SystemExit('the peers of grouped_matmul are timed on a GPU; leave --peer out here')
+  import torch
+  return torch
+
+
+def report(op, direction, shape, load, ours, peer, theirs, **fields):
+  """Times ours and, if there, theirs, and prints the line."""
+  calls = {'ours': (ours, jax.block_until_ready)}
+  if theirs:
+    calls['theirs'] = theirs, lambda _: _torch().cuda.synchronize()
+  seconds = alternate(calls)
+  groups, m, k, n = shape
+  rate = 2 * m * k * n / seconds['ours']
+  if theirs:
+    fields |= dict(peer=peer, peer_ms=seconds['theirs'] * 1e3, peer_over_ours=seconds['theirs'] / seconds['ours'])
+  timing.print_line(op=op, direction=direction, hardware=timing.hardware(), shape=f'G{groups} M{m} K{k} N{n}',
+                    load=load, implementation=grouped_matmul.implementations()[0], ms=seconds['ours'] * 1e3,
+                    tflops=rate / 1e12, fraction_of_matmul=rate / timing.matmul_limit(), **fields)
