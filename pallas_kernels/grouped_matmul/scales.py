@@ -30,6 +30,44 @@ def quantise_blocks(w_GKN, powers_of_two=False):
   return _quantise(w_GKN, (1, BLOCK, BLOCK), powers_of_two)
 
 
+def quantise_rows(x_BK, rows_M, powers_of_two=False):
+  """`quantise_tiles(x_BK[rows_M])`, each row of x quantised once: for the gather that sorts tokens by expert.
+
+  A scale needs a whole tile before its first number can be divided, so XLA reads a gathered row twice, or writes it
+  in between. Gathering afterwards moves one byte a number instead of two or more, and a token that goes to X experts is
+  quantised once and not X times.
+  """
+  q_BK, scales_BT = quantise_tiles(x_BK, powers_of_two)
+  return q_BK[rows_M], scales_BT[rows_M]
+
+
+def quantise_tokens(x_MK, group_sizes_G, powers_of_two=False, tokens_M=None):
+  """What the gradient to rhs contracts: (float8_e4m3fn [P, K], float32 scales [P/128, K]), a scale for 128 rows of one
+  column and one group (1x128 tiles of the transpose; V3 report, section 3.3.1).
+
+  Each group's rows are completed with zeros to a multiple of 128, `padded_sizes`, so that no tile has rows of two
+  groups. P is the most that any sizes of sum M need; rows past the last group's are zero, whatever x has there.
+  tokens_M: the row of x that each row is a copy of; None: x has the rows.
+  """
+  m, groups = len(x_MK if tokens_M is None else tokens_M), len(group_sizes_G)
+  tiles = (m + (BLOCK - 1) * min(groups, m)) // BLOCK
+  tile_T = jnp.arange(tiles)
+  size_G = group_sizes_G.astype(jnp.int32)
+  end_G, last_tile_G = jnp.cumsum(size_G), jnp.cumsum(padded_sizes(size_G)) // BLOCK
+  group_T = jnp.minimum(jnp.searchsorted(last_tile_G, tile_T, side='right', method='compare_all'), groups - 1)
+  first_T = (end_G - size_G)[group_T] + (tile_T - (last_tile_G - padded_sizes(size_G) // BLOCK)[group_T]) * BLOCK
+  row_P = (first_T[:, None] + jnp.arange(BLOCK)).reshape(-1)
+  mine_P = row_P < jnp.repeat(end_G[group_T], BLOCK)
+  row_P = jnp.where(mine_P, row_P, 0)
+  x_PK = jnp.where(mine_P[:, None], jnp.asarray(x_MK)[row_P if tokens_M is None else tokens_M[row_P]], 0)
+  return _quantise(x_PK, (BLOCK, 1), powers_of_two)
+
+
+def padded_sizes(group_sizes_G):
+  """Rows of each group in `quantise_tokens`."""
+  return -(-group_sizes_G // BLOCK) * BLOCK
+
+
 def _quantise(x, blocks, powers_of_two):
   split = []
   for size, block in zip(x.shape, blocks, strict=True):
