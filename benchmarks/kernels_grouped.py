@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from pallas_kernels import grouped_matmul, quantise_blocks, quantise_tiles
+from pallas_kernels import grouped_matmul, grouped_matmul_fp8, quantise_blocks, quantise_tiles
+from pallas_kernels.grouped_matmul import gpu, xla
+from pallas_kernels.grouped_matmul.scales import quantise_tokens
 
 # Groups, rows, contraction, columns. On a CPU a small one.
 SHAPES = {True: ((32, 8192, 7168, 2048), (32, 8192, 2048, 7168), (32, 32768, 7168, 4096), (64, 32768, 2048, 1408),
@@ -90,32 +92,61 @@ def run_fp8(peer: bool):
 
 
 def measure_fp8(groups, m, k, n, load, peer):
-  """Forward with weights stored as the tensor cores read them, [G, N, K]; quantising is not in the time."""
-  keys = jax.random.split(jax.random.key(0), 2)
-  lhs, lhs_scales = jax.jit(quantise_tiles)(jax.random.normal(keys[0], (m, k), jnp.bfloat16))
-  rhs_GNK, scales_GNK = jax.jit(quantise_blocks)(jax.random.normal(keys[1], (groups, n, k), jnp.bfloat16))
+  """Products of quantised numbers, stored as the kernels read them; then the op that quantises, on the same numbers."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  lhs, rhs, dy = (jax.random.normal(key, shape, jnp.bfloat16)
+                  for key, shape in zip(keys, ((m, k), (groups, k, n), (m, n)), strict=True))
   sizes = group_sizes(groups, m, load)
-  operands = lhs, rhs_GNK, jnp.asarray(sizes), lhs_scales, scales_GNK
+  sizes_G, shape, torch = jnp.asarray(sizes), (groups, m, k, n), _torch() if peer else None
+  line = functools.partial(report, shape=shape, load=load)
 
-  def multiply(lhs, rhs_GNK, sizes_G, lhs_scales, scales_GNK, **options):
-    return grouped_matmul(lhs, rhs_GNK.swapaxes(1, 2), sizes_G, lhs_scales, scales_GNK.swapaxes(1, 2), **options)
+  # y = x w and dx = dy w^T, in 1x128 tiles and 128x128 blocks; both want the weights with the contraction innermost.
+  for direction, x, contraction in (('forward', lhs, 1), ('gradient to lhs', dy, 2)):
+    x, x_scales = jax.jit(quantise_tiles)(x)
+    w, w_scales = jax.jit(lambda w, c=contraction: quantise_blocks(w.swapaxes(c, 2)))(rhs)
+    multiply = jax.jit(_times_transpose)
+    operands = x, w, sizes_G, x_scales, w_scales
+    expected = functools.partial(_times_transpose, out_dtype=jnp.float32, implementation='xla')
+    line('grouped_matmul FP8', direction, ours=functools.partial(multiply, *operands),
+         peer='torch._scaled_grouped_mm, a scale a row',
+         theirs=torch and _scaled_grouped_mm(torch, x, w, sizes), error=error(multiply(*operands), expected, operands))
 
-  forward = jax.jit(multiply)
-  expected = functools.partial(multiply, out_dtype=jnp.float32, implementation='xla')
-  torch = _torch() if peer else None
-  theirs = None
-  if peer:
-    a, b = (torch.from_dlpack(jax.lax.bitcast_convert_type(x, jnp.uint8)).view(torch.float8_e4m3fn)
-            for x in (lhs, rhs_GNK))
-    row_scales, column_scales = torch.ones(m, device=a.device), torch.ones((groups, n), device=a.device)
-    ends = torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).to(a.device)
+  # dw = x^T dy, in tiles of 128 tokens; both with the tokens innermost.
+  tokens = jax.jit(lambda x, sizes_G: _transposed(*quantise_tokens(x, sizes_G)))
+  operands = *tokens(lhs, sizes_G), *tokens(dy, sizes_G), sizes_G
+  multiply = jax.jit(functools.partial(_rhs_gradient, gpu if timing.on_gpu() else xla, dtype=jnp.bfloat16))
+  line('grouped_matmul FP8', 'gradient to rhs', ours=functools.partial(multiply, *operands),
+       error=error(multiply(*operands), functools.partial(_rhs_gradient, xla, dtype=jnp.float32), operands))
 
-    def theirs():
-      return torch._scaled_grouped_mm(a, b.transpose(1, 2), row_scales, column_scales, offs=ends,
-                                      out_dtype=torch.bfloat16, use_fast_accum=True)
+  def whole(op):
+    def forward_and_gradients(lhs, rhs, dy, sizes_G):
+      y, transpose = jax.vjp(lambda *x: op(*x, sizes_G), lhs, rhs)
+      return y, transpose(dy)
+    return functools.partial(jax.jit(forward_and_gradients), lhs, rhs, dy, sizes_G)
 
-  report('grouped_matmul FP8', 'forward', (groups, m, k, n), load, lambda: forward(*operands),
-         'torch._scaled_grouped_mm, a scale a row', theirs, error=error(forward(*operands), expected, operands))
+  line('grouped_matmul_fp8', 'all three, quantising too', products=3, ours=whole(grouped_matmul_fp8),
+       peer='grouped_matmul in bfloat16', theirs=whole(grouped_matmul))
+
+
+def _times_transpose(x, w_GNK, sizes_G, x_scales, scales_GNK, **options):
+  return grouped_matmul(x, w_GNK.swapaxes(1, 2), sizes_G, x_scales, scales_GNK.swapaxes(1, 2), **options)
+
+
+def _transposed(x, scales):
+  return x.T, scales
+
+
+def _rhs_gradient(kernels, lhs_KP, lhs_scales, dy_NP, dy_scales, sizes_G, dtype):
+  return kernels.rhs_gradient_tokens(lhs_KP.T, lhs_scales, dy_NP.T, dy_scales, sizes_G, jnp.dtype(dtype))
+
+
+def _scaled_grouped_mm(torch, x, w_GNK, sizes):
+  """A call of torch's product on the same bytes."""
+  a, b = (torch.from_dlpack(jax.lax.bitcast_convert_type(x, jnp.uint8)).view(torch.float8_e4m3fn) for x in (x, w_GNK))
+  row_scales, column_scales = torch.ones(len(a), device=a.device), torch.ones(b.shape[:2], device=a.device)
+  ends = torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).to(a.device)
+  return lambda: torch._scaled_grouped_mm(a, b.transpose(1, 2), row_scales, column_scales, offs=ends,
+                                          out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def error(actual, expected, operands) -> float:
@@ -136,16 +167,23 @@ def _torch():
   return torch
 
 
-def report(op, direction, shape, load, ours, peer, theirs, **fields):
-  """Times ours and, if there, theirs, and prints the line."""
-  calls = {'ours': (ours, jax.block_until_ready)}
+def report(op, direction, shape, load, ours, peer=None, theirs=None, products=1, **fields):
+  """Times ours and, if there, theirs (of torch or of jax), and prints the line; each makes `products` products."""
+  calls = {'ours': (ours, _wait)}
   if theirs:
-    calls['theirs'] = theirs, lambda _: _torch().cuda.synchronize()
+    calls['theirs'] = theirs, _wait
   seconds = alternate(calls)
   groups, m, k, n = shape
-  rate = 2 * m * k * n / seconds['ours']
+  rate = products * 2 * m * k * n / seconds['ours']
   if theirs:
     fields |= dict(peer=peer, peer_ms=seconds['theirs'] * 1e3, peer_over_ours=seconds['theirs'] / seconds['ours'])
   timing.print_line(op=op, direction=direction, hardware=timing.hardware(), shape=f'G{groups} M{m} K{k} N{n}',
                     load=load, implementation=grouped_matmul.implementations()[0], ms=seconds['ours'] * 1e3,
                     tflops=rate / 1e12, fraction_of_matmul=rate / timing.matmul_limit(), **fields)
+
+
+def _wait(results):
+  if any(isinstance(x, jax.Array) for x in jax.tree.leaves(results)):
+    jax.block_until_ready(results)
+  else:
+    _torch().cuda.synchronize()
