@@ -108,6 +108,11 @@ def matmul(name, groups, rows, k, n, fp8=False):
     scales = ((rows, k // 128), F32), ((groups, k // 128, n // 128), F32)
     yield Case(f'grouped_matmul FP8, {name}', forward, (((rows, k), FP8), ((groups, k, n), FP8), sizes, *scales), flop,
                (rows * k + groups * k * n + 2 * rows * n) / 1e9, fp8=True)
+    tokens = (rows + 127 * groups) // 128 * 128  # groups completed to tiles
+    yield Case(f'grouped_matmul FP8 gradient to rhs, {name}',
+               functools.partial(MATMUL.rhs_gradient_tokens, out_dtype=BF16),
+               (((tokens, k), FP8), ((tokens // 128, k), F32), ((tokens, n), FP8), ((tokens // 128, n), F32), sizes),
+               flop, (rows * (k + n) + 2 * groups * k * n) / 1e9, fp8=True)
     return
   yield Case(f'grouped_matmul, {name}', forward, (lhs, rhs, sizes), flop, gbyte)
   yield Case(f'grouped_matmul gradient to lhs, {name}',

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mla_jax.checkpoint import block_fp8
-from pallas_kernels import quantise_blocks, quantise_tiles
+from pallas_kernels import quantise_blocks, quantise_rows, quantise_tiles
 from pallas_kernels.grouped_matmul import scales as scales_module
 
 FP8 = ml_dtypes.float8_e4m3fn
@@ -98,3 +100,33 @@ def test_extremes(powers_of_two):
   assert (np.asarray(scales[4]) == smallest).all()
   assert (values[4] == smallest).all()
   assert (np.asarray(scales[5]) == 1).all()
+
+
+def test_rows_are_quantised_before_they_are_gathered():
+  x_BK = spread(np.random.default_rng(2), (5, 200), 'float32')
+  rows_M = np.array([4, 0, 0, 3, 1, 4, 4], np.int32)
+  for actual, expected in zip(quantise_rows(x_BK, rows_M), quantise_tiles(x_BK[rows_M]), strict=True):
+    np.testing.assert_array_equal(actual, expected)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=6), rest=st.integers(0, 140), gathered=st.booleans())
+def test_tokens_of_groups_share_no_tile(sizes, rest, gathered):
+  rng, m = np.random.default_rng(3), max(sum(sizes) + rest, 1)
+  x_MK = spread(rng, (m, 3), 'float32')
+  x_MK[sum(sizes):] = np.nan
+  rows_M = rng.permutation(m).astype(np.int32)
+  x, rows = (x_MK[np.argsort(rows_M)], rows_M) if gathered else (x_MK, None)
+  q_PK, scales_TK = map(np.asarray, scales_module.quantise_tokens(x, jnp.array(sizes), False, rows))
+  assert (len(q_PK), len(q_PK) // 128) == (128 * len(scales_TK), len(scales_TK))
+  start, place = 0, 0
+  for size in sizes:
+    padded = -(-size // 128) * 128
+    group = np.zeros((padded, 3), np.float32)
+    group[:size] = x_MK[start:start + size]
+    q, scales = (np.asarray(each) for each in quantise_tiles(group.T))
+    np.testing.assert_array_equal(q_PK[place:place + padded], q.T)
+    np.testing.assert_array_equal(scales_TK[place // 128:(place + padded) // 128], scales.T)
+    start, place = start + size, place + padded
+  assert not q_PK[place:].astype(np.float32).any()
+  assert (scales_TK[place // 128:] == 1).all()
