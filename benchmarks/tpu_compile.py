@@ -153,7 +153,11 @@ def mesh(chip: str) -> Mesh:
 
 
 def compile_for(chip: str, function, operands):
-  """The executable; operands lie in row-major order unless they name another."""
+  return lower_for(chip, function, operands).compile()
+
+
+def lower_for(chip: str, function, operands):
+  """The program, yet to be compiled; operands lie in row-major order unless they name another."""
   def abstract(shape, dtype, order=None):
     layout = Layout(order or tuple(range(len(shape))))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=Format(layout, NamedSharding(mesh(chip), PartitionSpec())))
@@ -161,7 +165,7 @@ def compile_for(chip: str, function, operands):
   with jax.set_mesh(mesh(chip)):
     # A new function: jax would return what it traced for another chip. Results lie as the kernel writes them.
     run = jax.jit(lambda *x: function(*x), out_shardings=Format(Layout.AUTO))
-    return run.lower(*(abstract(*x) for x in operands)).compile()
+    return run.lower(*(abstract(*x) for x in operands))
 
 
 def vmem_mib(compiled) -> float:

@@ -89,9 +89,10 @@ PROGRAMS = {
   (name, chip) for name in PROGRAMS for chip in CHIPS if name != 'attention, 16k' or chip == 'v5p'])
 def test_public_op_compiles(name, chip):
   function, operands, kernels = PROGRAMS[name]
-  text = bench.compile_for(chip, function, operands).as_text()
-  found = text.count('tpu_custom_call')
-  assert found == kernels
+  lowered = bench.lower_for(chip, function, operands)
+  # Counted before compiling: what XLA makes of a gather for v5p's SparseCores it cannot print.
+  assert lowered.as_text().count('@tpu_custom_call') == kernels
+  lowered.compile()
 
 
 @pytest.mark.parametrize('name', ['attention', 'grouped matmul', 'decode'])
