@@ -1,8 +1,8 @@
-"""Times the kernels beside their peers: python -m benchmarks.kernels [--op=flash_attention] [--peer]
+"""Times the kernels beside their peers: python -m benchmarks.kernels [--op=flash_attention] [--only=H128] [--peer]
 
 Prints a JSON line a case: op, direction, hardware, shape, the implementation that was chosen, median milliseconds,
 achieved TFLOP/s (a causal program's as half of the whole), their fraction of a large matrix product's on this machine,
-and with --peer, where torch is installed and sees the same GPU, the peer's milliseconds in the same run and
+the relative error against float32, and with --peer the peer's milliseconds, in rounds that alternate with ours, and
 peer / ours. On a CPU the shapes are small.
 """
 
@@ -35,58 +35,72 @@ LATENT, ROPE, PAGE = 512, 64, 64
 BEYOND_L2 = 300e6  # bytes of caches taken in turn, so that none is still in an L2 of 50 MB when it is read again
 
 
-def flash_attention(peer: bool):
-  """Causal, 192/128 wide; backward is the time of the gradient less that of the forward pass in it."""
+def flash_attention(peer: bool, only: str):
+  """Causal, 192/128 wide. The error is that of some heads, the gradients' the largest of three."""
   for batch, heads, length in ATTENTION_SHAPES[timing.on_gpu()]:
+    shape = f'B{batch} H{heads} S{length}'
+    if only not in shape:
+      continue
     dtype = jnp.bfloat16 if timing.on_gpu() else jnp.float32
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, do = (jax.random.normal(key, (batch, length, heads, width), dtype)
                    for key, width in zip(keys, (WIDTH, WIDTH, VALUE_WIDTH, VALUE_WIDTH), strict=True))
     run = functools.partial(attention, scale=WIDTH**-0.5, causal=True)
-    forward = timing.median_seconds(jax.jit(run), (q, k, v), launches=10)
-    gradient = jax.jit(lambda q, k, v, do, run=run: jax.vjp(run, q, k, v)[1](do))
-    backward = timing.median_seconds(gradient, (q, k, v, do), launches=5) - forward
-    name = chosen(attention_registry, q, k, v)
+    forward, backward = jax.jit(run), jax.jit(lambda transpose, do: transpose(do))
+    o, transpose = jax.vjp(forward, q, k, v)
+    some = (slice(0, 1), slice(None), slice(0, 4))
+    expected, transpose_some = jax.vjp(jax.jit(functools.partial(run, implementation='reference')),
+                                       *(x[some].astype(jnp.float32) for x in (q, k, v)))
+    gradients = backward(transpose, do), transpose_some(do[some].astype(jnp.float32))
+    errors = {'forward': timing.relative_error(o[some], expected),
+              'backward': max(timing.relative_error(x[some], y) for x, y in zip(*gradients, strict=True))}
+    calls = {'forward': {'ours': (functools.partial(forward, q, k, v), jax.block_until_ready)},
+             'backward': {'ours': (functools.partial(backward, transpose, do), jax.block_until_ready)}}
+    if peer:
+      for direction, call in cudnn_attention(batch, heads, length).items():
+        calls[direction]['cuDNN through torch'] = call
     flops = batch * heads * length**2 * (WIDTH + VALUE_WIDTH)
-    theirs = cudnn_attention(batch, heads, length) if peer else {}
-    for direction, seconds, work in (('forward', forward, flops), ('backward', backward, 2.5 * flops)):
-      report('flash_attention', f'B{batch} H{heads} S{length}', name, seconds, work, theirs.get(direction),
-             direction=direction, **{key: x for key, x in theirs.items() if key.startswith('peer')})
+    for direction, work in (('forward', flops), ('backward', 2.5 * flops)):
+      report('flash_attention', shape, chosen(attention_registry, q, k, v), timing.alternate(calls[direction]), work,
+             direction=direction, error=errors[direction])
 
 
 def cudnn_attention(batch, heads, length):
-  """Seconds of cuDNN's attention through torch, forward and backward, or why there are none."""
-  try:
-    import torch
-  except ImportError:
-    return {'peer': 'torch is not installed'}
-  if not torch.cuda.is_available():
-    return {'peer': 'torch sees no GPU'}
+  """{direction: (call, wait)} of cuDNN's attention through torch."""
+  import torch
   from torch.nn.attention import SDPBackend, sdpa_kernel
-  from triton.testing import do_bench
 
   def normal(width):
     return torch.randn(batch, heads, length, width, device='cuda', dtype=torch.bfloat16, requires_grad=True)
 
   q, k, v = normal(WIDTH), normal(WIDTH), normal(VALUE_WIDTH)
-  with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-    def run():
+
+  def run():
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
       return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
+  def forward():
     with torch.no_grad():
-      forward = do_bench(run, warmup=50, rep=200, return_mode='median')
-    o = run()
-    do = torch.randn_like(o)
-    backward = do_bench(lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), warmup=50, rep=200,
-                        return_mode='median')
-  return {'peer': 'cuDNN through torch', 'forward': forward / 1e3, 'backward': backward / 1e3}
+      return run()
+
+  def wait(_):
+    torch.cuda.synchronize()
+
+  o = run()
+  do = torch.randn_like(o)
+  return {'forward': (forward, wait),
+          'backward': (lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), wait)}
 
 
-def mla_decode(peer: bool):
+def mla_decode(peer: bool, only: str):
   """One layer's absorbed attention over bfloat16 pages in random order; the plan is made before, as for a model's
-  layers. FlashMLA, the peer, installs on no machine of ours: `peer` says so."""
-  del peer
+  layers. On a GPU ms is what its kernels take by the GPU's own clock, wall_ms what calls take that are queued back to
+  back, at the power limit and with what the host takes."""
+  del peer  # FlashMLA installs on no machine of ours; anchors are in the README
   for heads, batch, keys, tokens in DECODE_SHAPES[timing.on_gpu()]:
+    shape = f'H{heads} B{batch} S{keys} T{tokens}'
+    if only not in shape:
+      continue
     cache_bytes = batch * keys * (LATENT + ROPE) * 2
     turns = max(1, int(BEYOND_L2 // cache_bytes) + 1) if timing.on_gpu() else 1
     count = turns * batch * keys // PAGE
@@ -96,13 +110,22 @@ def mla_decode(peer: bool):
     lengths = jnp.full(batch, keys, jnp.int32)
     plan = jax.jit(functools.partial(make_plan, tokens=tokens, heads=heads))(lengths)
     run = jax.jit(functools.partial(latent_decode, scale=WIDTH**-0.5, value_width=LATENT))
+    call = functools.partial(run, plan=plan)
     sets = [(q, pages, table, lengths) for table in tables]
-    seconds = timing.median_seconds(functools.partial(run, plan=plan), *sets, launches=max(20, turns))
+    some = slice(0, 4)
+    expected = latent_decode(q[some], pages, tables[0, some], lengths[some], scale=WIDTH**-0.5, value_width=LATENT,
+                             implementation='reference')
+    error = timing.relative_error(call(*sets[0])[0][some], expected[0])
+    wall = timing.median_seconds(call, *sets, launches=max(20, turns))
+    fields = {}
+    if timing.on_gpu():
+      kernels = timing.kernel_seconds(call, *sets)
+      fields = dict(wall_ms=wall * 1e3, kernels_us={name: t * 1e6 for name, t in kernels.items()})
+    seconds = sum(kernels.values()) if timing.on_gpu() else wall
     flops = 2 * batch * tokens * heads * keys * (2 * LATENT + ROPE)
     moved = cache_bytes + 2 * batch * tokens * heads * (2 * LATENT + ROPE)
-    name = chosen(decode_registry, q, pages, value_width=LATENT)
-    report('mla_decode', f'H{heads} B{batch} S{keys} T{tokens}', name, seconds, flops, tbytes=moved / seconds / 1e12,
-           fraction_of_copy=moved / seconds / timing.copy_limit(), peer='FlashMLA: not installable here')
+    report('mla_decode', shape, chosen(decode_registry, q, pages, value_width=LATENT), {'ours': seconds}, flops,
+           tbytes=moved / seconds / 1e12, fraction_of_copy=moved / seconds / timing.copy_limit(), error=error, **fields)
 
 
 def chosen(registry, *operands, **facts) -> str:
@@ -111,12 +134,13 @@ def chosen(registry, *operands, **facts) -> str:
   return next(i.name for i in registry.all if i.reason_against(target, *operands, **facts) is None)
 
 
-def report(op, shape, implementation, seconds, flops, peer_seconds=None, **fields):
-  rate = flops / seconds
-  if peer_seconds is not None:
-    fields |= {'peer_ms': peer_seconds * 1e3, 'peer_over_ours': peer_seconds / seconds}
-  timing.print_line(op=op, hardware=timing.hardware(), shape=shape, implementation=implementation, ms=seconds * 1e3,
-                    tflops=rate / 1e12, fraction_of_matmul=rate / timing.matmul_limit(), **fields)
+def report(op, shape, implementation, seconds, flops, **fields):
+  """seconds: {'ours': ..., and perhaps the peer's name: ...}."""
+  ours, *peers = seconds.values()
+  if peers:
+    fields |= {'peer': list(seconds)[1], 'peer_ms': peers[0] * 1e3, 'peer_over_ours': peers[0] / ours}
+  timing.print_line(op=op, hardware=timing.hardware(), shape=shape, implementation=implementation, ms=ours * 1e3,
+                    tflops=flops / ours / 1e12, fraction_of_matmul=flops / ours / timing.matmul_limit(), **fields)
 
 
 OPS = {'flash_attention': flash_attention, 'grouped_matmul': kernels_grouped.run,
@@ -124,13 +148,16 @@ OPS = {'flash_attention': flash_attention, 'grouped_matmul': kernels_grouped.run
 
 
 OP = flags.DEFINE_enum('op', None, sorted(OPS), 'Only this one')
-PEER = flags.DEFINE_bool('peer', False, "Time the op's peer too, in the same run")
+ONLY = flags.DEFINE_string('only', '', 'Only the shapes whose name, as it is printed, holds this')
+PEER = flags.DEFINE_bool('peer', False, "Time the op's peer too, in the same run: torch, on a GPU")
 
 
 def main(_):
+  if PEER.value and not timing.on_gpu():
+    raise SystemExit('--peer times torch on a GPU, and jax sees none here; leave it out')
   for name, op in OPS.items():
     if OP.value in (None, name):
-      op(PEER.value)
+      op(PEER.value, ONLY.value)
 
 
 if __name__ == '__main__':

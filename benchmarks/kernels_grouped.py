@@ -7,8 +7,6 @@ the product of the same quantised numbers in float32, both as Euclidean norms.
 """
 
 import functools
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +21,6 @@ from pallas_kernels.grouped_matmul.scales import quantise_tokens
 SHAPES = {True: ((32, 8192, 7168, 2048), (32, 8192, 2048, 7168), (32, 32768, 7168, 4096), (64, 32768, 2048, 1408),
                  (8, 65536, 7168, 4096)),
           False: ((8, 512, 256, 128),)}
-SECONDS = 0.1  # of calls in a round: a GPU's power is averaged over less
-ROUNDS = 5
 
 
 def group_sizes(groups: int, rows: int, load: str) -> np.ndarray:
@@ -35,27 +31,23 @@ def group_sizes(groups: int, rows: int, load: str) -> np.ndarray:
   return np.random.default_rng(0).permutation(sizes)
 
 
-def alternate(calls):
-  """Median seconds of a call of each of {name: (call, wait)}."""
-  times = {name: [] for name in calls}
-  for _ in range(ROUNDS):
-    for name, (call, wait) in calls.items():
-      wait(call())
-      start = time.perf_counter()
-      wait(call())
-      count = max(1, int(SECONDS / (time.perf_counter() - start)))
-      start = time.perf_counter()
-      for _ in range(count):
-        out = call()
-      wait(out)
-      times[name].append((time.perf_counter() - start) / count)
-  return {name: statistics.median(t) for name, t in times.items()}
+def run(peer: bool, only: str):
+  _each(measure, peer, only)
 
 
-def run(peer: bool):
+def run_fp8(peer: bool, only: str):
+  _each(measure_fp8, peer, only)
+
+
+def _each(measure, peer, only):
   for shape in SHAPES[timing.on_gpu()]:
     for load in ('balanced', 'zipf'):
-      measure(*shape, load, peer)
+      if only in f'{_name(*shape)} {load}':
+        measure(*shape, load, peer)
+
+
+def _name(groups, m, k, n):
+  return f'G{groups} M{m} K{k} N{n}'
 
 
 def measure(groups, m, k, n, load, peer):
@@ -74,8 +66,9 @@ def measure(groups, m, k, n, load, peer):
   sizes_G = jnp.asarray(sizes)
   ours = {'forward': lambda: forward(lhs, rhs, sizes_G), 'gradient to lhs': lambda: to_lhs(lhs, rhs, dy, sizes_G),
           'gradient to rhs': lambda: to_rhs(lhs, rhs, dy, sizes_G)}
-  theirs, torch = {}, _torch() if peer else None
+  theirs = {}
   if peer:
+    import torch
     a, b, d = map(torch.from_dlpack, (lhs, rhs, dy))
     ends = torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).to(a.device)
     theirs = {'forward': lambda: torch._grouped_mm(a, b, offs=ends),
@@ -85,19 +78,13 @@ def measure(groups, m, k, n, load, peer):
     report('grouped_matmul', op, (groups, m, k, n), load, call, 'torch._grouped_mm', theirs.get(op))
 
 
-def run_fp8(peer: bool):
-  for shape in SHAPES[timing.on_gpu()]:
-    for load in ('balanced', 'zipf'):
-      measure_fp8(*shape, load, peer)
-
-
 def measure_fp8(groups, m, k, n, load, peer):
   """Products of quantised numbers, stored as the kernels read them; then the op that quantises, on the same numbers."""
   keys = jax.random.split(jax.random.key(0), 3)
   lhs, rhs, dy = (jax.random.normal(key, shape, jnp.bfloat16)
                   for key, shape in zip(keys, ((m, k), (groups, k, n), (m, n)), strict=True))
   sizes = group_sizes(groups, m, load)
-  sizes_G, shape, torch = jnp.asarray(sizes), (groups, m, k, n), _torch() if peer else None
+  sizes_G, shape = jnp.asarray(sizes), (groups, m, k, n)
   line = functools.partial(report, shape=shape, load=load)
 
   # y = x w and dx = dy w^T, in 1x128 tiles and 128x128 blocks; both want the weights with the contraction innermost.
@@ -109,7 +96,7 @@ def measure_fp8(groups, m, k, n, load, peer):
     expected = functools.partial(_times_transpose, out_dtype=jnp.float32, implementation='xla')
     line('grouped_matmul FP8', direction, ours=functools.partial(multiply, *operands),
          peer='torch._scaled_grouped_mm, a scale a row',
-         theirs=torch and _scaled_grouped_mm(torch, x, w, sizes), error=error(multiply(*operands), expected, operands))
+         theirs=_scaled_grouped_mm(x, w, sizes) if peer else None, error=error(multiply(*operands), expected, operands))
 
   # dw = x^T dy, in tiles of 128 tokens; both with the tokens innermost.
   tokens = jax.jit(lambda x, sizes_G: _transposed(*quantise_tokens(x, sizes_G)))
@@ -140,8 +127,9 @@ def _rhs_gradient(kernels, lhs_KP, lhs_scales, dy_NP, dy_scales, sizes_G, dtype)
   return kernels.rhs_gradient_tokens(lhs_KP.T, lhs_scales, dy_NP.T, dy_scales, sizes_G, jnp.dtype(dtype))
 
 
-def _scaled_grouped_mm(torch, x, w_GNK, sizes):
+def _scaled_grouped_mm(x, w_GNK, sizes):
   """A call of torch's product on the same bytes."""
+  import torch
   a, b = (torch.from_dlpack(jax.lax.bitcast_convert_type(x, jnp.uint8)).view(torch.float8_e4m3fn) for x in (x, w_GNK))
   row_scales, column_scales = torch.ones(len(a), device=a.device), torch.ones(b.shape[:2], device=a.device)
   ends = torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).to(a.device)
@@ -150,21 +138,9 @@ def _scaled_grouped_mm(torch, x, w_GNK, sizes):
 
 
 def error(actual, expected, operands) -> float:
-  """||actual - expected(*operands)|| / ||expected(*operands)||, products in float32."""
-  @jax.jit
-  def relative(actual, operands):
-    with jax.default_matmul_precision('highest'):
-      y = expected(*operands).astype(jnp.float32)
-    return jnp.linalg.norm(actual.astype(jnp.float32) - y) / jnp.linalg.norm(y)
-
-  return float(relative(actual, operands))
-
-
-def _torch():
-  if not timing.on_gpu():
-    raise SystemExit('the peers of grouped_matmul are timed on a GPU; leave --peer out here')
-  import torch
-  return torch
+  """Relative, against expected(*operands) with products in float32."""
+  with jax.default_matmul_precision('highest'):
+    return timing.relative_error(actual, jax.jit(expected)(*operands))
 
 
 def report(op, direction, shape, load, ours, peer=None, theirs=None, products=1, **fields):
@@ -172,12 +148,12 @@ def report(op, direction, shape, load, ours, peer=None, theirs=None, products=1,
   calls = {'ours': (ours, _wait)}
   if theirs:
     calls['theirs'] = theirs, _wait
-  seconds = alternate(calls)
-  groups, m, k, n = shape
+  seconds = timing.alternate(calls)
+  _, m, k, n = shape
   rate = products * 2 * m * k * n / seconds['ours']
   if theirs:
     fields |= dict(peer=peer, peer_ms=seconds['theirs'] * 1e3, peer_over_ours=seconds['theirs'] / seconds['ours'])
-  timing.print_line(op=op, direction=direction, hardware=timing.hardware(), shape=f'G{groups} M{m} K{k} N{n}',
+  timing.print_line(op=op, direction=direction, hardware=timing.hardware(), shape=_name(*shape),
                     load=load, implementation=grouped_matmul.implementations()[0], ms=seconds['ours'] * 1e3,
                     tflops=rate / 1e12, fraction_of_matmul=rate / timing.matmul_limit(), **fields)
 
@@ -186,4 +162,5 @@ def _wait(results):
   if any(isinstance(x, jax.Array) for x in jax.tree.leaves(results)):
     jax.block_until_ready(results)
   else:
-    _torch().cuda.synchronize()
+    import torch
+    torch.cuda.synchronize()

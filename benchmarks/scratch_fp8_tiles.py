@@ -52,7 +52,7 @@ def main():
       expected = functools.partial(multiply, out_dtype=jnp.float32, implementation='xla')
       timing.print_line(tiling=name, error=kernels_grouped.error(run(*operands), expected, operands))
       calls[name] = functools.partial(run, *operands), jax.block_until_ready
-    for name, seconds in kernels_grouped.alternate(calls).items():
+    for name, seconds in timing.alternate(calls).items():
       timing.print_line(shape=f'G{groups} M{m} K{k} N{n}', tiling=name, ms=seconds * 1e3,
                         tflops=2 * m * k * n / seconds / 1e12)
 

@@ -161,8 +161,11 @@ CASES = {
     grouped_matmul_case('bfloat16', (5, 0, 17, 1, 20), dtype='bfloat16'),
     grouped_matmul_case('fewer rows than groups', (0, 1, 0, 0, 1, 0, 0), m=3),
     grouped_matmul_case('bfloat16, tiles of a GPU', (70, 0, 98, 9), m=197, k=64, n=192, dtype='bfloat16'),
+    grouped_matmul_case('bfloat16, one tile of columns', (70, 0, 98, 9), m=197, k=192, n=64, dtype='bfloat16'),
+    grouped_matmul_case('bfloat16, wide tiles and a cut one', (270, 0, 398, 9), m=697, k=128, n=448, dtype='bfloat16'),
     grouped_matmul_fp8_case('FP8 with cut blocks', (3, 0, 7), m=12, k=160, n=136),
     grouped_matmul_fp8_case('FP8, tiles of a GPU', (70, 0, 98, 9), m=197, k=256, n=192),
+    grouped_matmul_fp8_case('FP8, one tile of columns', (70, 0, 98, 9), m=197, k=128, n=64),
   ),
   'grouped_matmul_fp8': (
     grouped_matmul_fp8_gradients_case('uneven groups and a tail', (5, 0, 130, 1, 20)),
@@ -186,6 +189,7 @@ CASES = {
     flash_attention_case('wide heads, more keys than queries', t=70, s=300, documents=(90, 13, 197), **WIDE),
     flash_attention_case('wide heads, queries that see no key', t=203, s=130, **WIDE),
     flash_attention_case('equal widths, all keys', t=140, s=260, causal=False, **{**WIDE, 'h': 128}),
+    flash_attention_case('wide heads, fewer positions than a tile has', t=5, s=7, **WIDE),
     flash_attention_case('narrow equal widths', **{**WIDE, 'h': 64, 'v': 64}),
   ),
   'mla_decode': (

@@ -20,12 +20,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.flash_attention import gpu_backward
 from pallas_kernels.flash_attention.gpu_tiles import ROWS, Attention, items, padded_ids, whole_swizzles
-from pallas_kernels.mosaic_gpu import ROW, accumulator, across, tiles, wait_for, zeros
+from pallas_kernels.mosaic_gpu import ROW, accumulator, across, any_in_warp, tiles, wait_for, zeros
 
 BLOCK = 128  # keys a step
 STAGES = 2  # blocks of keys, and of values, in shared memory
 LOWEST = -1e30  # first running maximum: finite, so that exp2(-inf - maximum) is 0 and not NaN
 LOG2_E = math.log2(math.e)
+LAZY = 8.0  # how far, in powers of two, a score may exceed the running maximum before that, and the output, follows
 
 
 def unsuitable(q_BTNH, k_BSNH, v_BSNV) -> str | None:
@@ -91,7 +92,8 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
 
     def softmax(scores, maximum, total):
       """(exp2(scores - new maximum), that maximum, total, by what earlier results shrink), all in powers of two."""
-      new = jnp.maximum(maximum, scores.max(axis=1) * exponent)
+      top = scores.max(axis=1) * exponent
+      new = jnp.where(top > maximum + LAZY, top, maximum)
       shrink = jnp.exp2(maximum - new)
       weights = jnp.exp2(scores * exponent - across(new, scores.shape, 0))
       return weights, new, total * shrink + weights.sum(axis=1), shrink
@@ -143,7 +145,9 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
             new_o = wait_for(output, 0)
             plgpu.barrier_arrive(v_free.at[values])
             # Rounded only now: ptxas would serialise products that run while another's operand registers are written.
-            return new_o * across(shrink, new_o.shape, 0), *rest, new.astype(q_gmem.dtype)
+            risen = any_in_warp(rest[0] - maximum)
+            new_o = lax.cond(risen, lambda: new_o * across(shrink, new_o.shape, 0), lambda: new_o)
+            return new_o, *rest, new.astype(q_gmem.dtype)
 
           return pl.run_scoped(products, accumulator(ROWS, BLOCK),
                                accumulator(ROWS, call.value_width))

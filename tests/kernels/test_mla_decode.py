@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ def test_scores_beyond_exp_do_not_overflow(implementation):
   case = testing.mla_decode_case('large', (300, 20), t=2, max_pages=19)
   arrays = case.arrays(np.random.default_rng(4))
   arrays['q_BTNJ'] *= 1000
-  with skipped_if_unsuitable(implementation):
+  with skipped_if_unsuitable(implementation), jax.default_matmul_precision('highest'):
     o_BTNC, lse_BTN = mla_decode(**arrays, **case.options, implementation=implementation)
   expected = oracle_of_argmax(**arrays, value_width=case.options['value_width'])
   assert np.isfinite(lse_BTN).all()
