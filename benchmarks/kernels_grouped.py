@@ -98,7 +98,7 @@ def measure_fp8(groups, m, k, n, load, peer):
          peer='torch._scaled_grouped_mm, a scale a row',
          theirs=_scaled_grouped_mm(x, w, sizes) if peer else None, error=error(multiply(*operands), expected, operands))
 
-  # dw = x^T dy, in tiles of 128 tokens; both with the tokens innermost.
+  # dw = x^T dy, in tiles of 128 tokens; both with the tokens of a tile innermost.
   tokens = jax.jit(lambda x, sizes_G: _transposed(*quantise_tokens(x, sizes_G)))
   operands = *tokens(lhs, sizes_G), *tokens(dy, sizes_G), sizes_G
   multiply = jax.jit(functools.partial(_rhs_gradient, gpu if timing.on_gpu() else xla, dtype=jnp.bfloat16))
@@ -120,11 +120,12 @@ def _times_transpose(x, w_GNK, sizes_G, x_scales, scales_GNK, **options):
 
 
 def _transposed(x, scales):
-  return x.T, scales
+  return x.reshape(-1, 128, x.shape[1]).swapaxes(1, 2), scales
 
 
-def _rhs_gradient(kernels, lhs_KP, lhs_scales, dy_NP, dy_scales, sizes_G, dtype):
-  return kernels.rhs_gradient_tokens(lhs_KP.T, lhs_scales, dy_NP.T, dy_scales, sizes_G, jnp.dtype(dtype))
+def _rhs_gradient(kernels, lhs_TKB, lhs_scales, dy_TNB, dy_scales, sizes_G, dtype):
+  lhs_PK, dy_PN = (x.swapaxes(1, 2).reshape(-1, x.shape[1]) for x in (lhs_TKB, dy_TNB))
+  return kernels.rhs_gradient_tokens(lhs_PK, lhs_scales, dy_PN, dy_scales, sizes_G, jnp.dtype(dtype))
 
 
 def _scaled_grouped_mm(x, w_GNK, sizes):

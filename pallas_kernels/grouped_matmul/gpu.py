@@ -72,7 +72,10 @@ def rhs_gradient_tokens(lhs_PK, lhs_scales, dy_PN, dy_scales, group_sizes_G, out
   tiling = Tiling(columns=128, depth=scales.BLOCK, slots=5, cluster=_shared_dy(p, k, groups))
   table = gpu_schedule.largest_first(scales.padded_sizes(group_sizes_G), tiling.depth)
   job = _rhs_gradient_job(tiling, k, n, groups, lhs_PK.dtype)
-  operands = lhs_PK.T, dy_PN.T, table, lhs_scales, dy_scales
+  # [tiles of 128 tokens, K or N, tokens]: a copy into shared memory is then contiguous, and XLA quantises and transposes
+  # in one pass, where [K, P] takes another.
+  lhs_TKB, dy_TNB = (x.reshape(-1, scales.BLOCK, x.shape[1]).swapaxes(1, 2) for x in (lhs_PK, dy_PN))
+  operands = lhs_TKB, dy_TNB, table, lhs_scales, dy_scales
   return run(job, tiling, operands, (groups, k, n), out_dtype, name='grouped_matmul_rhs_gradient')
 
 
@@ -240,9 +243,8 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
       plgpu.copy_gmem_to_smem(refs[1].at[rows, dy_columns], slot[1], ready, collective_axes=shared)
       return
     chunk = lax.div(tile['row8'], _I32(depth // 8)) + k
-    rows = pl.ds(chunk * depth, depth)
-    plgpu.copy_gmem_to_smem(refs[0].at[lhs_columns, rows], slot[0], ready)
-    plgpu.copy_gmem_to_smem(refs[1].at[dy_columns, rows], slot[1], ready, collective_axes=shared)
+    plgpu.copy_gmem_to_smem(refs[0].at[chunk, lhs_columns], slot[0], ready)
+    plgpu.copy_gmem_to_smem(refs[1].at[chunk, dy_columns], slot[1], ready, collective_axes=shared)
     plgpu.copy_gmem_to_smem(refs[3].at[chunk, lhs_columns], slot[2], ready)
     plgpu.copy_gmem_to_smem(refs[4].at[chunk, dy_columns], slot[3], ready)
 
