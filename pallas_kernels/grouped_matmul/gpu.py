@@ -72,8 +72,8 @@ def rhs_gradient_tokens(lhs_PK, lhs_scales, dy_PN, dy_scales, group_sizes_G, out
   tiling = Tiling(columns=128, depth=scales.BLOCK, slots=5, cluster=_shared_dy(p, k, groups))
   table = gpu_schedule.largest_first(scales.padded_sizes(group_sizes_G), tiling.depth)
   job = _rhs_gradient_job(tiling, k, n, groups, lhs_PK.dtype)
-  # [tiles of 128 tokens, K or N, tokens]: a copy into shared memory is then contiguous, and XLA quantises and transposes
-  # in one pass, where [K, P] takes another.
+  # [tiles of 128 tokens, K or N, tokens]: a copy into shared memory is then contiguous, and XLA quantises and
+  # transposes in one pass, where [K, P] takes another.
   lhs_TKB, dy_TNB = (x.reshape(-1, scales.BLOCK, x.shape[1]).swapaxes(1, 2) for x in (lhs_PK, dy_PN))
   operands = lhs_TKB, dy_TNB, table, lhs_scales, dy_scales
   return run(job, tiling, operands, (groups, k, n), out_dtype, name='grouped_matmul_rhs_gradient')
