@@ -100,7 +100,7 @@ def grouped_matmul_fp8_case(name, sizes, m, k, n):
   return Case(name, arrays, tolerance=TOLERANCE['bfloat16'])
 
 
-def grouped_matmul_fp8_gradients_case(name, sizes, m=200, k=128, n=256, dtype='float32', chosen=None,
+def grouped_matmul_fp8_gradients_case(name, sizes, m=160, k=128, n=128, dtype='float32', chosen=None,
                                       powers_of_two=False):
   """grouped_matmul_fp8: every implementation multiplies the same quantised numbers. chosen: experts a token, whose rows
   are then found through an order; None = rows come sorted."""
@@ -169,12 +169,12 @@ CASES = {
   ),
   'grouped_matmul_fp8': (
     grouped_matmul_fp8_gradients_case('uneven groups and a tail', (5, 0, 130, 1, 20)),
-    grouped_matmul_fp8_gradients_case('cut tiles and blocks', (30, 0, 130), k=160, n=40),
-    grouped_matmul_fp8_gradients_case('no rows at all', (0, 0, 0)),
-    grouped_matmul_fp8_gradients_case('scales of powers of two', (50, 150), powers_of_two=True),
-    grouped_matmul_fp8_gradients_case('rows by an order', (3, 129, 60), m=195, chosen=3),
-    grouped_matmul_fp8_gradients_case('tiles of a GPU', (70, 0, 98, 9), m=197, k=256, dtype='bfloat16'),
-    grouped_matmul_fp8_gradients_case('tiles of a GPU by an order', (0, 200, 56), m=256, k=256, n=128, dtype='bfloat16',
+    grouped_matmul_fp8_gradients_case('cut tiles and blocks', (20, 0, 60), m=90, k=160, n=40),
+    grouped_matmul_fp8_gradients_case('no rows at all', (0, 0, 0), m=20),
+    grouped_matmul_fp8_gradients_case('scales of powers of two', (20, 70), m=90, powers_of_two=True),
+    grouped_matmul_fp8_gradients_case('rows by an order', (3, 65, 9), m=81, chosen=3),
+    grouped_matmul_fp8_gradients_case('tiles of a GPU', (70, 0, 98, 9), m=190, k=256, dtype='bfloat16'),
+    grouped_matmul_fp8_gradients_case('tiles of a GPU by an order', (0, 132, 20), m=154, n=256, dtype='bfloat16',
                                       chosen=2),
   ),
   'flash_attention': (
