@@ -95,6 +95,8 @@ def grouped_matmul_fp8(lhs_BK, rhs_GKN, group_sizes_G, order_M=None, powers_of_t
     raise ValueError(f'grouped_matmul_fp8: order is {order_M.dtype}{list(order_M.shape)} and must be int32 [M], M a '
                      f"multiple of lhs's {len(lhs_BK)} rows")
   run = registry.choose(implementation, lhs_BK, rhs_GKN)
-  arrays = dispatch.align_varying(lhs_BK, rhs_GKN, group_sizes_G, order_M)
+  # NumPy's arrays cannot be indexed by what is traced.
+  arrays = jax.tree.map(jnp.asarray, (lhs_BK, rhs_GKN, group_sizes_G, order_M))
+  arrays = dispatch.align_varying(*arrays)
   with jax.named_scope('grouped_matmul_fp8'):
     return run(*arrays, bool(powers_of_two), jnp.dtype(out_dtype or lhs_BK.dtype), bool(zero_tail))
