@@ -15,7 +15,11 @@ GROUP = ('group', 'row8', 'chunks', 'first', 'last')
 
 
 def visits(group_sizes_G, rows: int, tile: int, tail: bool, multiple: int = 1):
-  """int32 [1 + V, 5]: how many visits there are, in every column of row 0; then the visits, in the order of the rows.
+  """int32 [1 + V, 5]: how many visits there are, in every column of row 0; then the visits.
+
+  They come in the order of the rows, but for those that fill at most half a tile, which come last: they take half the
+  time, and so fill the gaps that equal pieces leave at the end. (64 groups with Zipf's sizes: 1.14 instead of 1.27 of
+  what equal groups take.)
 
   A visit is a tile of at most `tile` rows, all of one group: `VISIT` names its columns. group; row8: its first row / 8;
   [first, last): the part of its rows that is the group's; real: 0 where there is nothing to multiply, for the rows past
@@ -29,15 +33,20 @@ def visits(group_sizes_G, rows: int, tile: int, tail: bool, multiple: int = 1):
   end_P = jnp.where(index_P < groups, end_P, rows)
   base_P = start_P // ALIGNMENT * ALIGNMENT
   tiles_P = jnp.where(end_P > start_P, (end_P - base_P + tile - 1) // tile, 0)
-  before_P = jnp.where(index_P < index_P[:, None], tiles_P, 0).sum(1)
+  short_P = (tiles_P > 0) & (end_P - base_P - (tiles_P - 1) * tile <= tile // 2)
+  full_P = tiles_P - short_P
+  before_P = jnp.where(index_P < index_P[:, None], full_P, 0).sum(1)
+  before_short_P = (full_P + jnp.where(index_P < index_P[:, None], short_P, 0)).sum(1)
 
   most = (rows + (ALIGNMENT - 1) * parts) // tile + parts
   row_of_table, column = jnp.arange(1 + -(-most // multiple) * multiple)[:, None, None], jnp.arange(5)[:, None]
-  number_VP = row_of_table - 1 - before_P
+  place = row_of_table - 1
+  number_VP = jnp.where(short_P & (place == before_short_P), tiles_P - 1, place - before_P)
+  there_VP = (place >= before_P) & (number_VP < full_P) | short_P & (place == before_short_P)
   row = base_P + number_VP * tile
   value = (jnp.minimum(index_P, groups - 1), row // ALIGNMENT, jnp.clip(start_P - row, 0, tile),
            jnp.clip(end_P - row, 0, tile), index_P < groups)
-  value = jnp.where((number_VP >= 0) & (number_VP < tiles_P), _by_column(column, value), 0)
+  value = jnp.where(there_VP, _by_column(column, value), 0)
   return jnp.where(row_of_table == 0, tiles_P, value).sum(2).astype(jnp.int32)
 
 

@@ -39,6 +39,8 @@ def test_visits_cover_every_row_once(drawn, tile, tail, multiple):
   expected = np.concatenate([np.repeat(np.arange(len(sizes)), sizes), np.full(rest, -1 if tail else -2)])
   np.testing.assert_array_equal(group_of_row, expected)
   assert not table[1 + count:].any(), 'what fills the table has no rows'
+  short = table[1:1 + count, 3] <= tile // 2
+  assert (np.diff(short.astype(int)) >= 0).all(), 'those of half a tile come last'
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
