@@ -28,7 +28,7 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import flash_attention, grouped_matmul, mla_decode, swiglu_gradients
+from pallas_kernels import flash_attention, grouped_matmul, grouped_matmul_fp8, mla_decode, swiglu_gradients
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
@@ -93,6 +93,16 @@ def swiglu(name, m, f):
               (((m, 2 * f), BF16), ((m,), F32), ((m, f), BF16)))
 
 
+def quantising(name, groups, m, k, n, weights=BF16):
+  """Forward and both gradients of operands that are quantised on the way."""
+  def gradients(lhs, rhs, sizes, dy):
+    y, transpose = jax.vjp(lambda *x: grouped_matmul_fp8(*x, sizes, implementation='gpu'), lhs, rhs)
+    return y, transpose(dy)
+
+  return Case(f'grouped_matmul_fp8, {name}, forward and gradients', gradients,
+              (((m, k), BF16), ((groups, k, n), weights), ((groups,), I32), ((m, n), BF16)))
+
+
 DKV = 'flash_attention_dkv'
 CASES = (
   # Of what dkv spills, nothing lies in the loop over blocks that need no mask.
@@ -110,6 +120,8 @@ CASES = (
   grouped_fp8('Lite down', 64, 32768, 1408, 2048),
   swiglu('Lite', 196608, 1408),
   swiglu('a cut tile', 1000, 192),
+  quantising('V3 gate and up', 32, 32768, 7168, 4096),
+  quantising('Lite down, float32 weights', 64, 32768, 1408, 2048, F32),
   decode('V3, one token', 128, 4096, 128, 1),
   decode('V3, two tokens', 128, 4096, 128, 2),
   decode('Lite, one token', 128, 4096, 16, 1),

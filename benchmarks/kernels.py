@@ -163,7 +163,8 @@ def report(op, shape, implementation, seconds, flops, **fields):
                     tflops=flops / ours / 1e12, fraction_of_matmul=flops / ours / timing.matmul_limit(), **fields)
 
 
-OPS = {'flash_attention': flash_attention, 'grouped_matmul': kernels_grouped.run, 'mla_decode': mla_decode}
+OPS = {'flash_attention': flash_attention, 'grouped_matmul': kernels_grouped.run,
+       'grouped_matmul_fp8': kernels_grouped.run_fp8, 'mla_decode': mla_decode}
 
 
 OP = flags.DEFINE_enum('op', None, sorted(OPS), 'Only this one')

@@ -108,6 +108,11 @@ def matmul(name, groups, rows, k, n, fp8=False):
     scales = ((rows, k // 128), F32), ((groups, k // 128, n // 128), F32)
     yield Case(f'grouped_matmul FP8, {name}', forward, (((rows, k), FP8), ((groups, k, n), FP8), sizes, *scales), flop,
                (rows * k + groups * k * n + 2 * rows * n) / 1e9, fp8=True)
+    tokens = (rows + 127 * groups) // 128 * 128  # groups completed to tiles
+    yield Case(f'grouped_matmul FP8 gradient to rhs, {name}',
+               functools.partial(MATMUL.rhs_gradient_tokens, out_dtype=BF16),
+               (((tokens, k), FP8), ((tokens // 128, k), F32), ((tokens, n), FP8), ((tokens // 128, n), F32), sizes),
+               flop, (rows * (k + n) + 2 * groups * k * n) / 1e9, fp8=True)
     return
   yield Case(f'grouped_matmul, {name}', forward, (lhs, rhs, sizes), flop, gbyte)
   yield Case(f'grouped_matmul gradient to lhs, {name}',
@@ -148,7 +153,11 @@ def mesh(chip: str) -> Mesh:
 
 
 def compile_for(chip: str, function, operands):
-  """The executable; operands lie in row-major order unless they name another."""
+  return lower_for(chip, function, operands).compile()
+
+
+def lower_for(chip: str, function, operands):
+  """The program, yet to be compiled; operands lie in row-major order unless they name another."""
   def abstract(shape, dtype, order=None):
     layout = Layout(order or tuple(range(len(shape))))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=Format(layout, NamedSharding(mesh(chip), PartitionSpec())))
@@ -156,7 +165,7 @@ def compile_for(chip: str, function, operands):
   with jax.set_mesh(mesh(chip)):
     # A new function: jax would return what it traced for another chip. Results lie as the kernel writes them.
     run = jax.jit(lambda *x: function(*x), out_shardings=Format(Layout.AUTO))
-    return run.lower(*(abstract(*x) for x in operands)).compile()
+    return run.lower(*(abstract(*x) for x in operands))
 
 
 def vmem_mib(compiled) -> float:

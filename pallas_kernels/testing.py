@@ -100,6 +100,18 @@ def grouped_matmul_fp8_case(name, sizes, m, k, n):
   return Case(name, arrays, tolerance=TOLERANCE['bfloat16'])
 
 
+def grouped_matmul_fp8_gradients_case(name, sizes, m=160, k=128, n=128, dtype='float32', chosen=None,
+                                      powers_of_two=False):
+  """grouped_matmul_fp8: every implementation multiplies the same quantised numbers. chosen: experts a token, whose rows
+  are then found through an order; None = rows come sorted."""
+  def arrays(rng):
+    order = None if chosen is None else rng.permutation(m).astype(np.int32)
+    return {'lhs_BK': _normal(rng, (m // (chosen or 1), k), dtype), 'rhs_GKN': _normal(rng, (len(sizes), k, n), dtype),
+            'group_sizes_G': np.array(sizes, np.int32), 'order_M': order}
+
+  return Case(name, arrays, {'powers_of_two': powers_of_two}, ('lhs_BK', 'rhs_GKN'), TOLERANCE[dtype])
+
+
 def flash_attention_case(name, t=75, s=75, causal=True, documents=None, dtype='float32', heads=2, h=24, v=16,
                          scale=0.3):
   """documents: lengths of the segments, counted back from the last key and query; None = no segments."""
@@ -167,6 +179,16 @@ CASES = {
     swiglu_case('odd sizes', 37, 9),
     swiglu_case('bfloat16', 37, 9, 'bfloat16'),
     swiglu_case('bfloat16, tiles of a GPU', 200, 192, 'bfloat16'),
+  ),
+  'grouped_matmul_fp8': (
+    grouped_matmul_fp8_gradients_case('uneven groups and a tail', (5, 0, 130, 1, 20)),
+    grouped_matmul_fp8_gradients_case('cut tiles and blocks', (20, 0, 60), m=90, k=160, n=40),
+    grouped_matmul_fp8_gradients_case('no rows at all', (0, 0, 0), m=20),
+    grouped_matmul_fp8_gradients_case('scales of powers of two', (20, 70), m=90, powers_of_two=True),
+    grouped_matmul_fp8_gradients_case('rows by an order', (3, 65, 9), m=81, chosen=3),
+    grouped_matmul_fp8_gradients_case('tiles of a GPU', (70, 0, 98, 9), m=190, k=256, dtype='bfloat16'),
+    grouped_matmul_fp8_gradients_case('tiles of a GPU by an order', (0, 132, 20), m=154, n=256, dtype='bfloat16',
+                                      chosen=2),
   ),
   'flash_attention': (
     flash_attention_case('causal'),

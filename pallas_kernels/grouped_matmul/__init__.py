@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, mosaic_gpu, mosaic_tpu
-from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
+from pallas_kernels.grouped_matmul import gpu, operands, reference, tpu, xla
 
 _FP8 = ('float8_e4m3fn', 'float8_e5m2')
 
@@ -57,36 +57,32 @@ def grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales=None, rhs_scales=N
   implementation: None = the best for the platform, or a name of `grouped_matmul.implementations()`.
 
   Raises ValueError for shapes, dtypes or names that do not fit, NotImplementedError for an implementation that cannot
-  run here and for gradients through FP8 operands.
+  run here and for gradients through FP8 operands: those are quantised, and rounding has none (`grouped_matmul_fp8`).
   """
   _check(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales)
   run = registry.choose(implementation, lhs_MK, rhs_GKN)
   fp8 = lhs_scales is not None
   out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if fp8 else lhs_MK.dtype))
-  operands = dispatch.align_varying(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales)
+  arrays = dispatch.align_varying(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales)
   if fp8:
-    operands = _without_gradients(operands)
+    arrays = _without_gradients(arrays)
   with jax.named_scope('grouped_matmul'):
-    return run(*operands, out_dtype, bool(zero_tail))
+    return run(*arrays, out_dtype, bool(zero_tail))
 
 
 @jax.custom_jvp
-def _without_gradients(operands):
-  return operands
+def _without_gradients(arrays):
+  return arrays
 
 
 @_without_gradients.defjvp
 def _(primals, tangents):
-  raise NotImplementedError('grouped_matmul has no gradients for FP8 operands; differentiate the bfloat16 product')
+  raise NotImplementedError('grouped_matmul has no gradients for FP8 operands; grouped_matmul_fp8 quantises and has')
 
 
 def _check(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales):
-  if lhs_MK.ndim != 2 or rhs_GKN.ndim != 3 or lhs_MK.shape[1] != rhs_GKN.shape[1] or 0 in lhs_MK.shape:
-    raise ValueError(f'grouped_matmul: lhs {lhs_MK.shape} and rhs {rhs_GKN.shape} must be [M, K] and [G, K, N]')
+  operands.check('grouped_matmul', lhs_MK, rhs_GKN, group_sizes_G)
   (m, k), (groups, _, n) = lhs_MK.shape, rhs_GKN.shape
-  if group_sizes_G.shape != (groups,) or not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
-    raise ValueError(f'grouped_matmul: group_sizes is {group_sizes_G.dtype}{list(group_sizes_G.shape)} and must be '
-                     f'integers [{groups}], one a group of rhs')
   if lhs_MK.dtype != rhs_GKN.dtype and not all(x.dtype.name in _FP8 for x in (lhs_MK, rhs_GKN)):
     raise ValueError(f'grouped_matmul: lhs is {lhs_MK.dtype} and rhs {rhs_GKN.dtype}; cast one to the other')
   if lhs_MK.dtype.name not in _FP8:

@@ -1,14 +1,17 @@
-"""Grouped matmul for Hopper (Mosaic GPU): bfloat16 or float16 with both gradients, and block-scaled FP8 (e4m3) forward.
+"""Grouped matmul for Hopper (Mosaic GPU): bfloat16 or float16, and block-scaled FP8 (e4m3), with both gradients.
 
 Forward and the gradient to lhs are one kernel over visits (a tile of rows of one group), the other operand being the
 group's weights or, read from the same array, their transpose. The gradient to rhs is a product for each group, its
 contraction the group's rows; rows of other groups in its first and last chunk are set to zero in shared memory.
 
-FP8 weights must have the contraction innermost for the tensor cores: rhs_GKN is best the transpose, made in the same
-jit, of an array stored as [G, N, K]; XLA then copies nothing.
+FP8 operands must have the contraction innermost for the tensor cores: rhs_GKN is best the transpose, made in the same
+jit, of an array stored as [G, N, K]; XLA then copies nothing. For the gradient to rhs both are transposed, with each
+group's rows completed to whole chunks of 128, so nothing needs clearing.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -49,11 +52,36 @@ def lhs_gradient(dy_MN, rhs_GKN, group_sizes_G, out_dtype):
 def rhs_gradient(lhs_MK, dy_MN, group_sizes_G, out_dtype):
   lhs_MK, dy_MN = _whole_tiles(lhs_MK), _whole_tiles(dy_MN)
   (m, k), n, groups = lhs_MK.shape, dy_MN.shape[1], len(group_sizes_G)
-  # Short contractions would spend more time waiting for the cluster's other program than they save.
-  tiling = Tiling(cluster=2 if m >= 1024 * groups and pl.cdiv(k, 128) % 2 == 0 else 1)
+  tiling = Tiling(cluster=_shared_dy(m, k, groups))
   table = gpu_schedule.largest_first(group_sizes_G, tiling.depth)
   job = _rhs_gradient_job(tiling, k, n, groups, lhs_MK.dtype)
   return run(job, tiling, (lhs_MK, dy_MN, table), (groups, k, n), out_dtype, name='grouped_matmul_rhs_gradient')
+
+
+def unsuitable_quantised(lhs_MK, rhs_GKN) -> str | None:
+  """`unsuitable` for operands that will be quantised."""
+  k, n = rhs_GKN.shape[1:]
+  if k % scales.BLOCK or n % scales.BLOCK or 0 in rhs_GKN.shape:
+    return f'it needs K and N multiples of {scales.BLOCK} and they are {k} and {n}'
+  return dispatch.divided(lhs_MK, rhs_GKN)
+
+
+def rhs_gradient_tokens(lhs_PK, lhs_scales, dy_PN, dy_scales, group_sizes_G, out_dtype):
+  """For operands of `scales.quantise_tokens`."""
+  (p, k), n, groups = lhs_PK.shape, dy_PN.shape[1], len(group_sizes_G)
+  tiling = Tiling(columns=128, depth=scales.BLOCK, slots=5, cluster=_shared_dy(p, k, groups))
+  table = gpu_schedule.largest_first(scales.padded_sizes(group_sizes_G), tiling.depth)
+  job = _rhs_gradient_job(tiling, k, n, groups, lhs_PK.dtype)
+  # [tiles of 128 tokens, K or N, tokens]: a copy into shared memory is then contiguous, and XLA quantises and
+  # transposes in one pass, where [K, P] takes another.
+  lhs_TKB, dy_TNB = (x.reshape(-1, scales.BLOCK, x.shape[1]).swapaxes(1, 2) for x in (lhs_PK, dy_PN))
+  operands = lhs_TKB, dy_TNB, table, lhs_scales, dy_scales
+  return run(job, tiling, operands, (groups, k, n), out_dtype, name='grouped_matmul_rhs_gradient')
+
+
+def _shared_dy(rows, k, groups) -> int:
+  """Programs of a cluster. Short contractions would spend more time waiting for the other program than they save."""
+  return 2 if rows >= 1024 * groups and pl.cdiv(k, 128) % 2 == 0 else 1
 
 
 def _whole_tiles(x_MK):
@@ -97,6 +125,8 @@ def _panels(number, tall, wide, height):
 def _rows_job(tiling, c, n, dtype, fp8, transposed) -> Job:
   steps, wide, own = c // tiling.depth, pl.cdiv(n, tiling.columns), tiling.own_rows
   pair = tiling.cluster == 2
+  # Of a tile's columns, each in one block of 128.
+  parts = tiling.columns // math.gcd(tiling.columns, scales.BLOCK)
 
   def tall(refs):
     return lax.div(refs[2][0, 0] + (tiling.cluster - 1), _I32(tiling.cluster))
@@ -169,20 +199,33 @@ def _rows_job(tiling, c, n, dtype, fp8, transposed) -> Job:
         mosaic_gpu.copy_where((count & rows) != 0, buffers[1].at[pl.ds(start, rows)], there)
         start = start + (count & rows)
 
-  def scale(refs, tile, k):
-    return refs[4][tile['group'], k, lax.div(tile['column'], _I32(scales.BLOCK))]
+  def row_scales(slot, warpgroup):
+    return _vector(slot[2], warpgroup * own, own, mosaic_gpu.ROW), None
+
+  def block_scales(refs, tile, k):
+    width = tiling.columns // parts
+    last = refs[4].shape[2] - 1
+    return tuple(refs[4][tile['group'], k, lax.min(lax.div(tile['column'] + i * width, _I32(scales.BLOCK)), _I32(last))]
+                 for i in range(parts))
 
   weights = (tiling.columns, tiling.depth) if transposed else (tiling.depth, tiling.columns)
   swizzle = 128 // dtype.itemsize
   slots = ((tiling.rows, tiling.depth), dtype, swizzle), (weights, dtype, swizzle)
   if fp8:
     slots += ((tiling.rows,), jnp.float32, None),
-  return Job(slots, 2 + fp8, lambda refs: tall(refs) * wide, locate, load, factors, keep, write, write_part, live=live,
-             scales=scale if fp8 else None)
+  job = Job(slots, 2 + fp8, lambda refs: tall(refs) * wide, locate, load, factors, keep, write, write_part, live=live)
+  if not fp8:
+    return job
+  return dataclasses.replace(job, scales=row_scales, more_scales=block_scales, parts=parts)
+
+
+def _vector(array, start, size, layout):
+  return plgpu.load(array.at[pl.ds(pl.multiple_of(start, 64), size)], layout=layout)
 
 
 def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
-  pair, depth, own = tiling.cluster, tiling.depth, tiling.own_rows
+  pair, depth, own, fp8 = tiling.cluster, tiling.depth, tiling.own_rows, dtype.itemsize == 1
+  shared = 'rank' if pair > 1 else None
   tall, wide = pl.cdiv(k, tiling.rows * pair), pl.cdiv(n, tiling.columns)
 
   def locate(refs, number, rank):
@@ -192,17 +235,29 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
     return tile | {'row': (row * pair + rank) * tiling.rows, 'column': column * tiling.columns, 'steps': tile['chunks']}
 
   def load(refs, tile, k, slot, ready):
-    rows = pl.ds(pl.multiple_of(tile['row8'] * 8 + k * depth, 8), depth)
     lhs_columns = pl.ds(pl.multiple_of(tile['row'], tiling.rows), tiling.rows)
     dy_columns = pl.ds(pl.multiple_of(tile['column'], tiling.columns), tiling.columns)
-    plgpu.copy_gmem_to_smem(refs[0].at[rows, lhs_columns], slot[0], ready)
-    plgpu.copy_gmem_to_smem(refs[1].at[rows, dy_columns], slot[1], ready, collective_axes='rank' if pair > 1 else None)
+    if not fp8:
+      rows = pl.ds(pl.multiple_of(tile['row8'] * 8 + k * depth, 8), depth)
+      plgpu.copy_gmem_to_smem(refs[0].at[rows, lhs_columns], slot[0], ready)
+      plgpu.copy_gmem_to_smem(refs[1].at[rows, dy_columns], slot[1], ready, collective_axes=shared)
+      return
+    chunk = lax.div(tile['row8'], _I32(depth // 8)) + k
+    plgpu.copy_gmem_to_smem(refs[0].at[chunk, lhs_columns], slot[0], ready)
+    plgpu.copy_gmem_to_smem(refs[1].at[chunk, dy_columns], slot[1], ready, collective_axes=shared)
+    plgpu.copy_gmem_to_smem(refs[3].at[chunk, lhs_columns], slot[2], ready)
+    plgpu.copy_gmem_to_smem(refs[4].at[chunk, dy_columns], slot[3], ready)
 
   def own_columns(array, warpgroup, width):
     return array.at[:, pl.ds(pl.multiple_of(warpgroup * width, 64), width)]
 
   def factors(slot, warpgroup):
+    if fp8:
+      return slot[0].at[pl.ds(pl.multiple_of(warpgroup * own, 64), own)], slot[1].T
     return own_columns(slot[0], warpgroup, own).T, slot[1]
+
+  def token_scales(slot, warpgroup):
+    return _vector(slot[2], warpgroup * own, own, mosaic_gpu.ROW), plgpu.load(slot[3], layout=mosaic_gpu.COLUMN)
 
   def clear(tile, step, slot, warpgroup, cleared):
     first, last = tile['first'] - step * depth, tile['last'] - step * depth
@@ -230,5 +285,12 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
     columns = pl.ds(pl.multiple_of(where['column'], tiling.columns) + column, piece.shape[1])
     plgpu.copy_smem_to_gmem(buffers[0], out.at[where['group'], rows, columns], commit_group=False)
 
+  def tiles(_):
+    return _I32(groups * tall * wide)
+
+  if fp8:
+    slots = (((tiling.rows, depth), dtype, 128), ((tiling.columns, depth), dtype, 128),
+             ((tiling.rows,), jnp.float32, None), ((tiling.columns,), jnp.float32, None))
+    return Job(slots, 4, tiles, locate, load, factors, keep, write, scales=token_scales)
   slots = ((depth, tiling.rows), dtype, 64), ((depth, tiling.columns), dtype, 64)
-  return Job(slots, 2, lambda _: _I32(groups * tall * wide), locate, load, factors, keep, write, clear=clear)
+  return Job(slots, 2, tiles, locate, load, factors, keep, write, clear=clear)

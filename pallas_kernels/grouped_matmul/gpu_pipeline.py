@@ -23,14 +23,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, mosaic_gpu
 
-ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a row of a matrix in registers
 NEVER = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
   """rows, columns: of a program's tile; depth: of the contraction, a slot; slots: of the ring; buffers: of 64x128 bytes
-  for each warpgroup, through which results leave. cluster: programs that share loads."""
+  for each warpgroup, through which results leave. cluster: programs that share loads. late: whether results that are
+  rounded to 16 bits are written during the next tile."""
 
   rows: int = 128
   columns: int = 256
@@ -38,6 +38,7 @@ class Tiling:
   slots: int = 4
   buffers: int = 2
   cluster: int = 1
+  late: bool = True
 
   @property
   def own_rows(self):
@@ -59,7 +60,10 @@ class Job:
     for one that is; called at once, never later. None: all rows of all tiles are theirs.
   live(tile, warpgroup): whether the warpgroup has anything to multiply; None: always.
   clear(refs, tile, k, slot, warpgroup, cleared): sets to zero what does not belong to the tile. None: nothing.
-  scales(refs, tile, k, slot, rows): (one number a row, a scalar) that multiply step k's product, for FP8. None: ones.
+  scales(slot, warpgroup): for FP8, what multiplies a step's product before it is added: a number a row, and a number a
+    column or None. None: ones.
+  more_scales(refs, tile, k): numbers in GMEM that multiply step k's product too, one for each of `parts` equal parts of
+    the columns; read a step ahead. None: ones.
   """
 
   slots: tuple[Any, ...]  # (shape, dtype, columns of a swizzle tile or None) of the arrays of a slot
@@ -74,6 +78,8 @@ class Job:
   live: Any = None
   clear: Any = None
   scales: Any = None
+  more_scales: Any = None
+  parts: int = 1
 
 
 def run(job: Job, tiling: Tiling, operands, shape, dtype, *, name):
@@ -123,7 +129,7 @@ class _Program:
     self.pieces = pieces  # (row, column) of the 64 x `width` parts of a warpgroup's tile, in which results leave
     self.refs, self.out = refs, out
     *self.slots, self.buffers, self.ready, self.free, self.cleared = scratch
-    self.late = dtype.itemsize == 2  # a float32 result and the next tile's sums do not both fit in registers
+    self.late = tiling.late and dtype.itemsize == 2  # a float32 result and the next tile's sums do not both fit
     self.warpgroup, self.program = lax.axis_index('warpgroup'), lax.axis_index('program')
     self.rank = lax.axis_index('rank') if tiling.cluster > 1 else jnp.int32(0)
 
@@ -171,7 +177,7 @@ class _Program:
     plgpu.set_max_registers(240, action='increase')
     first = self.tile(jnp.int32(0))
     nothing = self.job.keep(first, self.warpgroup) | {'from_step': jnp.int32(NEVER)}
-    previous = (self.zeros(), nothing) if self.late else ()
+    previous = (self.zeros(self.dtype), nothing) if self.late else ()
 
     def one(i, carry):
       slot, tile, previous = carry
@@ -198,7 +204,7 @@ class _Program:
       return (), slot
     for j in range(len(self.pieces)):
       pl.when((j >= steps) & (previous[1]['from_step'] == 0))(lambda j=j: self.write(j, *previous))
-    result = sums.astype(self.dtype)
+    result = tuple(part.astype(self.dtype) for part in sums)
     self.write_rest(result, tile)
     return result, slot
 
@@ -215,7 +221,7 @@ class _Program:
         return self.after(slot)
 
       end = lax.fori_loop(0, tile['steps'], step, slot)
-      result = sums[...]
+      result = sums[...],
       plgpu.barrier_arrive(self.free.at[self.before(end)], predicate=tile['steps'] > 0)
       return result, end
 
@@ -223,14 +229,17 @@ class _Program:
 
   def scaled_sums(self, tile, slot, previous):
     """Each step's product is scaled and added in float32: FP8 is summed in fewer bits (DeepSeek-V3, 3.3.2)."""
-    shape = self.tiling.own_rows, self.tiling.columns
-    rows = pl.ds(pl.multiple_of(self.warpgroup * shape[0], 64), shape[0])
+    shape, steps = (self.tiling.own_rows, self.tiling.columns), tile['steps']
+
+    def more(k):
+      return self.job.more_scales(self.refs, tile, k) if self.job.more_scales else ()
 
     def step(k, carry):
-      slot, sums = carry
-      scale = self.job.scales(self.refs, tile, k)
+      slot, more_here, sums = carry
+      # A load takes longer than the product of a step.
+      more_ahead = more(lax.min(k + 1, steps - 1))
       plgpu.barrier_wait(self.ready.at[slot])
-      scale_M = scale * plgpu.load(self.slots[2].at[slot, rows], layout=ROW)
+      scale_M, scale_N = self.job.scales(self.slot(slot), self.warpgroup)
 
       def one(product):
         plgpu.wgmma(product, *self.job.factors(self.slot(slot), self.warpgroup))
@@ -239,10 +248,15 @@ class _Program:
 
       product = pl.run_scoped(one, plgpu.ACC(shape, jnp.float32))
       plgpu.barrier_arrive(self.free.at[slot])
-      return self.after(slot), sums + product * lax.broadcast_in_dim(scale_M, shape, [0])
+      if scale_N is not None:
+        product = product * lax.broadcast_in_dim(scale_N, shape, [1])
+      width = shape[1] // len(sums)
+      scales_M = [scale_M * scale for scale in more_here] or [scale_M]
+      sums = tuple(total + product[:, i * width:(i + 1) * width] * lax.broadcast_in_dim(scale, total.shape, [0])
+                   for i, (total, scale) in enumerate(zip(sums, scales_M, strict=True)))
+      return self.after(slot), more_ahead, sums
 
-    zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-    slot, sums = lax.fori_loop(0, tile['steps'], step, (slot, zeros))
+    slot, _, sums = lax.fori_loop(0, steps, step, (slot, more(0), self.zeros(jnp.float32)))
     return sums, slot
 
   def skip(self, tile, slot, previous):
@@ -254,15 +268,16 @@ class _Program:
 
     slot = lax.fori_loop(0, tile['steps'], step, slot)
     if not self.late:
-      self.write_all(self.zeros(), tile)
+      self.write_all(self.zeros(self.dtype), tile)
       return (), slot
     self.write_now(*previous)
-    self.write_rest(self.zeros(), tile)
-    return self.zeros(), slot
+    self.write_rest(self.zeros(self.dtype), tile)
+    return self.zeros(self.dtype), slot
 
-  def zeros(self):
-    shape = self.tiling.own_rows, self.tiling.columns
-    return plgpu.layout_cast(jnp.zeros(shape, self.dtype), plgpu.Layout.WGMMA)
+  def zeros(self, dtype):
+    """A result: one array for each part of the columns."""
+    shape = self.tiling.own_rows, self.tiling.columns // self.job.parts
+    return (plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA),) * self.job.parts
 
   def write_late(self, k, previous):
     if self.late:
@@ -290,7 +305,8 @@ class _Program:
 
   def write(self, j, result, where, *ways):
     row, column = self.pieces[j]
-    piece = result[row:row + 64, column:column + self.width].astype(self.dtype)
+    part, start = divmod(column, self.tiling.columns // self.job.parts)
+    piece = result[part][row:row + 64, start:start + self.width].astype(self.dtype)
     buffers = [view.at[self.warpgroup, j % self.tiling.buffers] for view in self.buffers]
     plgpu.wait_smem_to_gmem(self.tiling.buffers - 1, wait_read_only=True)
     for way in ways or [self.job.write]:

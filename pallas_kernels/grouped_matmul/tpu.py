@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic_tpu
-from pallas_kernels.grouped_matmul.scales import BLOCK
+from pallas_kernels.grouped_matmul.scales import BLOCK, padded_sizes
 from pallas_kernels.mosaic_tpu import dot
 
 CHUNK = 1024  # of the contraction in one product: the code of a product grows with it
@@ -92,6 +92,59 @@ def _rhs_gradient(tile_V, group_V, start_G, end_G, lhs_mk, dy_mn, drhs_kn, sum_k
     drhs_kn[...] = sum_kn[...].astype(drhs_kn.dtype)
 
 
+def rhs_gradient_tokens(lhs_PK, lhs_scales, dy_PN, dy_scales, group_sizes_G, out_dtype):
+  """For operands of `scales.quantise_tokens`: a visit is a tile of 128 rows, all of one group."""
+  (p, k), n, groups = lhs_PK.shape, dy_PN.shape[1], len(group_sizes_G)
+  chip = mosaic_tpu.chip(lhs_PK, dy_PN)
+  columns = max(128, chip.matmul_columns)
+  tk, tn = _split(k, columns, chip), _split(n, columns // 2, chip)
+  visits = _visits(padded_sizes(group_sizes_G), p, BLOCK, empty_too=True)
+
+  def tile_of_lhs(width):
+    return pl.BlockSpec((width, tk), lambda i, _, v, tile_V, *__: (tile_V[v], i))
+
+  def tile_of_dy(width):
+    return pl.BlockSpec((width, tn), lambda _, j, v, tile_V, *__: (tile_V[v], j))
+
+  def scales_of(spec):
+    # A middle axis of one: a block may be one row high where that is all there is.
+    return pl.BlockSpec((None, *spec.block_shape), lambda *x: (spec.index_map(*x)[0], 0, spec.index_map(*x)[1]))
+
+  return mosaic_tpu.call(
+    functools.partial(_rhs_gradient_tokens, factor_dtype=_factor_dtype(lhs_PK, chip)),
+    (*visits[:4], lhs_PK, lhs_scales[:, None], dy_PN, dy_scales[:, None]), prefetched=4,
+    name='grouped_matmul_rhs_gradient',
+    grid=(pl.cdiv(k, tk), pl.cdiv(n, tn), visits[4]), dimensions=('parallel', 'parallel', 'arbitrary'),
+    in_specs=[tile_of_lhs(BLOCK), scales_of(tile_of_lhs(1)), tile_of_dy(BLOCK), scales_of(tile_of_dy(1))],
+    out_shape=[((groups, k, n), out_dtype)],
+    out_specs=[pl.BlockSpec((None, tk, tn), lambda i, j, v, _, group_V, *__: (group_V[v], i, j))],
+    scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)])[0]
+
+
+def _rhs_gradient_tokens(_, group_V, start_G, end_G, lhs_mk, lhs_scales_1k, dy_mn, dy_scales_1n, drhs_kn, sum_kn, *,
+                         factor_dtype):
+  v, last = pl.program_id(2), pl.num_programs(2) - 1
+  g = group_V[v]
+
+  @pl.when((v == 0) | (group_V[jnp.maximum(v - 1, 0)] != g))
+  def _():
+    sum_kn[...] = jnp.zeros_like(sum_kn)
+
+  @pl.when(start_G[g] < end_G[g])
+  def _():
+    part_kn = dot(lhs_mk[...].astype(factor_dtype), dy_mn[...].astype(factor_dtype), (0, 0))
+    sum_kn[...] += part_kn * mosaic_tpu.column_of_row(lhs_scales_1k[...]) * dy_scales_1n[...]
+
+  @pl.when((v == last) | (group_V[jnp.minimum(v + 1, last)] != g))
+  def _():
+    drhs_kn[...] = sum_kn[...].astype(drhs_kn.dtype)
+
+
+def _factor_dtype(x, chip):
+  """bfloat16 holds every FP8 number, and all generations multiply it."""
+  return x.dtype if chip.multiplies_fp8 else jnp.bfloat16
+
+
 def _rows_times_group(x_MK, rhs_GKN, group_sizes_G, scales, out_dtype, zero_tail, rhs_transposed):
   """x @ rhs[g] for the rows of each group g, or x @ rhs[g]^T. scales: none, or [M, K/128] and [G, K/128, N]."""
   (m, k), groups = x_MK.shape, len(group_sizes_G)
@@ -109,8 +162,6 @@ def _rows_times_group(x_MK, rhs_GKN, group_sizes_G, scales, out_dtype, zero_tail
       return tuple(place[axis] for axis in axes)
     return index
 
-  # bfloat16 holds every FP8 number, and all generations multiply it.
-  factor_dtype = x_MK.dtype if chip.multiplies_fp8 else jnp.bfloat16
   weights_V = jax.lax.cummax(jnp.where(visits[1] < groups, visits[1], 0))
   rhs_block = ((None, tn, k), weights('gnk')) if rhs_transposed else ((None, k, tn), weights('gkn'))
   in_specs = [pl.BlockSpec((tm, k), lambda _, v, tile_V, *__: (tile_V[v], 0)), pl.BlockSpec(*rhs_block)]
@@ -119,7 +170,7 @@ def _rows_times_group(x_MK, rhs_GKN, group_sizes_G, scales, out_dtype, zero_tail
                  pl.BlockSpec((None, scales[1].shape[1], tn), weights('gkn'))]
   contract = (1, 1) if rhs_transposed else (1, 0)
   return mosaic_tpu.call(
-    functools.partial(_rows_kernel, groups=groups, contract=contract, factor_dtype=factor_dtype,
+    functools.partial(_rows_kernel, groups=groups, contract=contract, factor_dtype=_factor_dtype(x_MK, chip),
                       part=chip.matmul_part),
     (*visits, weights_V, x_MK, rhs_GKN, *scales), prefetched=5, grid=(pl.cdiv(n, tn), count),
     dimensions=('parallel', 'arbitrary'), in_specs=in_specs, out_shape=[((m, n), out_dtype)],

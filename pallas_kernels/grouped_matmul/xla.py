@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul.scales import dequantise
+from pallas_kernels.grouped_matmul.scales import BLOCK, dequantise, padded_sizes
 
 # Most rows a visit has. Small tiles copy a weight matrix too often, large ones waste rows at the ends of groups.
 TILE = {'cpu': 128, 'gpu': 512, 'tpu': 512}
@@ -35,11 +35,22 @@ def lhs_gradient(dy_MN, rhs_GKN, group_sizes_G, out_dtype):
 
 
 def rhs_gradient(lhs_MK, dy_MN, group_sizes_G, out_dtype):
+  return _rhs_gradient(lambda rows: (rows(lhs_MK), rows(dy_MN)), lhs_MK, dy_MN, group_sizes_G, out_dtype)
+
+
+def rhs_gradient_tokens(lhs_PK, lhs_scales, dy_PN, dy_scales, group_sizes_G, out_dtype):
+  def factors(rows):
+    return [dequantise(rows(x), rows(scales, every=BLOCK), (BLOCK, 1))
+            for x, scales in ((lhs_PK, lhs_scales), (dy_PN, dy_scales))]
+
+  return _rhs_gradient(factors, lhs_PK, dy_PN, padded_sizes(group_sizes_G), out_dtype)
+
+
+def _rhs_gradient(factors, lhs_MK, dy_MN, group_sizes_G, out_dtype):
   def body(visit, drhs_GKN):
     rows, mine_m1, g = visit
     # Both sides masked: the tail and other groups may hold NaN, and 0 times NaN is NaN.
-    dy_mN = jnp.where(mine_m1, rows(dy_MN), 0)
-    lhs_mK = jnp.where(mine_m1, rows(lhs_MK), 0)
+    lhs_mK, dy_mN = (jnp.where(mine_m1, x, 0) for x in factors(rows))
     part_KN = jnp.einsum('mK,mN->KN', lhs_mK, dy_mN, preferred_element_type=jnp.float32)
     return jax.lax.dynamic_update_index_in_dim(drhs_GKN, _pick(drhs_GKN, g) + part_KN, g, 0)
 
@@ -64,8 +75,9 @@ def _map_rows(product, x_MK, width, group_sizes_G, out_dtype):
 def _loop(body, carry, x_MK, group_sizes_G):
   """carry after body((rows, mine_m1, g), carry) for each visit.
 
-  rows(x) slices the visit's tile from x [M, ...] and rows(x, new) writes it; mine_m1 tells which of its rows are the
-  group's. The last tiles of the array are moved up to stay inside it.
+  rows(x) slices the visit's tile from x [M, ...], or from x [M / every, ...] if groups start at multiples of `every`, a
+  power of two; rows(x, new) writes it; mine_m1 tells which of its rows are the group's. The last tiles of the array are
+  moved up to stay inside it.
   """
   m = x_MK.shape[0]
   target = dispatch.platform(x_MK)
@@ -86,9 +98,9 @@ def _loop(body, carry, x_MK, group_sizes_G):
     start = jnp.minimum(first[i], m - tile)
     row_m1 = start + jnp.arange(tile)[:, None]
 
-    def rows(x, new=None):
+    def rows(x, new=None, every=1):
       if new is None:
-        return jax.lax.dynamic_slice_in_dim(x, start, tile)
+        return jax.lax.dynamic_slice_in_dim(x, start // every, max(tile // every, 1))
       return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
 
     return body((rows, (row_m1 >= first[i]) & (row_m1 < end[i]), group[i]), carry)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import flash_attention, grouped_matmul, mla_decode, testing
+from pallas_kernels import flash_attention, grouped_matmul, grouped_matmul_fp8, mla_decode, testing
 
 MESH = jax.make_mesh((4, 2), ('data', 'expert'), axis_types=(AxisType.Auto,) * 2)
 
@@ -54,6 +54,29 @@ def grouped_matmul_with_replicated_weights(implementation):
   close(jax.jit(jax.value_and_grad(sharded, (0, 1)))(lhs_MK, rhs_GKN), expected)
   both = P(('data', 'expert'))
   close(per_shard(local_sum, (both, P('expert'), both), (both, P('expert')))(lhs_MK, rhs_GKN, sizes), expected[1])
+
+
+def fp8_by_an_order(implementation):
+  # Tokens over all devices, each with an order and sizes of its own; weights are replicated.
+  rng = np.random.default_rng(3)
+  x_BK, rhs_GKN, dy_MN = (rng.normal(size=s).astype(np.float32) for s in ((8 * 6, 8), (3, 8, 16), (8 * 12, 16)))
+  order = np.concatenate([rng.permutation(12) for _ in range(8)]).astype(np.int32)
+  sizes = np.array([[4, 0, 8], [1, 2, 3]] * 4)
+
+  def local(x_BK, rhs_GKN, sizes, order, implementation=implementation):
+    return grouped_matmul_fp8(x_BK, rhs_GKN, sizes[0], order, implementation=implementation)
+
+  def parts(x_BK, rhs_GKN, sizes, order):
+    split = (np.split(x, 8) if isinstance(x, np.ndarray) else jnp.split(x, 8) for x in (x_BK, sizes, order))
+    return jnp.concatenate([local(x, rhs_GKN, size, o, 'reference') for x, size, o in zip(*split, strict=True)])
+
+  both = P(('data', 'expert'))
+  sharded = per_shard(local, (both, P(), both, both), both)
+
+  def value_and_gradients(run):
+    return jax.jit(jax.value_and_grad(lambda x, w: (run(x, w, sizes, order) * dy_MN).sum(), (0, 1)))(x_BK, rhs_GKN)
+
+  close(value_and_gradients(sharded), value_and_gradients(parts))
 
 
 def attention_with_segments(implementation):
@@ -100,8 +123,8 @@ def attention_partitions_over_the_batch():
 
 
 assert len(jax.devices()) == 8
-for check, op in ((grouped_matmul_with_replicated_weights, grouped_matmul), (attention_with_segments, flash_attention),
-                  (decode_with_replicated_pages, mla_decode)):
+for check, op in ((grouped_matmul_with_replicated_weights, grouped_matmul), (fp8_by_an_order, grouped_matmul_fp8),
+                  (attention_with_segments, flash_attention), (decode_with_replicated_pages, mla_decode)):
   for name in op.implementations():
     check(name)
 attention_partitions_over_the_batch()

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import grouped_matmul, mosaic_gpu, testing
-from pallas_kernels.grouped_matmul import gpu, xla
+from pallas_kernels import grouped_matmul, grouped_matmul_fp8, mosaic_gpu, testing
+from pallas_kernels.grouped_matmul import gpu, scales, xla
 
 # The simulator takes the two views of a buffer for one place, whichever warpgroup's part is meant, so races are looked
 # for where no piece is written in part: here the groups are of whole pieces.
@@ -31,18 +31,36 @@ def ragged_gradient_to_weights():
   testing.assert_close('gradient to rhs', actual, expected, 2e-2)
 
 
+def fp8_gradient_to_weights(cluster):
+  """The kernel itself, as above; its tiles have whole pieces only."""
+  rng, sizes_G = np.random.default_rng(1), jnp.array((70, 0, 131, 129))
+  lhs_MK, dy_MN = (jnp.asarray(rng.standard_normal((350, width), np.float32)).at[330:].set(jnp.nan)
+                   for width in (256, 128))
+  operands = *scales.quantise_tokens(lhs_MK, sizes_G), *scales.quantise_tokens(dy_MN, sizes_G), sizes_G
+  # Clusters are for more rows than a simulation can have.
+  gpu._shared_dy = lambda *_: cluster
+  with mosaic_gpu.interpreter():
+    actual = jax.jit(gpu.rhs_gradient_tokens, static_argnums=5)(*operands, jnp.dtype(jnp.float32))
+  expected = xla.rhs_gradient_tokens(*operands, jnp.dtype(jnp.float32))
+  testing.assert_close('FP8 gradient to rhs', actual, expected, 1e-5)
+
+
 def main():
-  for case in testing.CASES['grouped_matmul']:
-    if 'tiles of a GPU' in case.name:
-      with mosaic_gpu.interpreter(detect_races=False):
-        testing.check(grouped_matmul, 'gpu', case)
-      print(case, flush=True)
+  for op, name in ((grouped_matmul, 'grouped_matmul'), (grouped_matmul_fp8, 'grouped_matmul_fp8')):
+    for case in testing.CASES[name]:
+      if 'tiles of a GPU' in case.name:
+        with mosaic_gpu.interpreter(detect_races=False):
+          testing.check(op, 'gpu', case)
+        print(name, case, flush=True)
   for case in WHOLE:
     with mosaic_gpu.interpreter():
       testing.check(grouped_matmul, 'gpu', case)
     print(case, flush=True)
   ragged_gradient_to_weights()
   print('ragged gradient', flush=True)
+  for cluster in (1, 2):
+    fp8_gradient_to_weights(cluster)
+    print('FP8 gradient, clusters of', cluster, flush=True)
 
 
 if __name__ == '__main__':

@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels import flash_attention, grouped_matmul, mla_decode, mosaic_tpu, testing
+from pallas_kernels import flash_attention, grouped_matmul, grouped_matmul_fp8, mla_decode, mosaic_tpu, testing
 
-OPS = {'mla_decode': mla_decode, 'flash_attention': flash_attention, 'grouped_matmul': grouped_matmul}
+OPS = {'mla_decode': mla_decode, 'flash_attention': flash_attention, 'grouped_matmul': grouped_matmul,
+       'grouped_matmul_fp8': grouped_matmul_fp8}
 
 
 @pytest.fixture
