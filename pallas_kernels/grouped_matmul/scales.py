@@ -78,7 +78,8 @@ def _quantise(x, blocks, powers_of_two):
   values = whole.reshape(split).astype(jnp.float32)
   inside = tuple(range(1, len(split), 2))
   scales = scale_of(jnp.abs(values).max(inside, keepdims=True), powers_of_two)
-  q = (values / scales).astype(FP8).reshape(whole.shape)
+  # The barrier: where such numbers become float32 again, XLA takes the two conversions for none.
+  q = jax.lax.optimization_barrier((values / scales).astype(FP8)).reshape(whole.shape)
   return q[tuple(slice(n) for n in x.shape)], scales.squeeze(inside)
 
 
