@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from mla_jax.axes import TABLE, current_mesh, shard, undivided
 from mla_jax.config import ConfigError, ModelConfig
+from mla_jax.model.fp8 import chosen
 from mla_jax.model.layers import SwiGLU, normal
 from pallas_kernels import grouped_matmul
 
@@ -86,16 +87,16 @@ def rebalance(bias_LE, load_LE, speed):
 
 def experts(x_MD, ids_MX, weights_MX, wi_ED2F, wo_EFD, first):
   """The weighted sum of the chosen experts among `first` .. first + E - 1; others contribute nothing."""
-  count, width = wi_ED2F.shape[:2]
-  chosen = ids_MX.shape[-1]
+  count = wi_ED2F.shape[0]
   with jax.named_scope('moe/sort'):
     local_M = ids_MX.reshape(-1) - first
     local_M = jnp.where((local_M >= 0) & (local_M < count), local_M, count)  # elsewhere: sorted last, past all groups
     order_M = jnp.argsort(local_M, stable=True)
     sizes_E = (local_M[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
-    rows_MD = x_MD[order_M // chosen]
+    rows_MD = x_MD[order_M // ids_MX.shape[-1]]
   with jax.named_scope('moe/experts'):
-    h_M2F = grouped_matmul(rows_MD, wi_ED2F.reshape(count, width, -1), sizes_E)
+    sizes_E, (wi_ED2F, wo_EFD) = chosen(sizes_E, len(rows_MD), wi_ED2F, wo_EFD)
+    h_M2F = grouped_matmul(rows_MD, wi_ED2F.reshape(*wi_ED2F.shape[:2], -1), sizes_E)
     gate_MF, up_MF = jnp.split(h_M2F, 2, axis=-1)
     y_MD = grouped_matmul(jax.nn.silu(gate_MF) * up_MF, wo_EFD, sizes_E)
   with jax.named_scope('moe/combine'):
