@@ -117,7 +117,7 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None,
         if matrix.path not in layouts:
           shape = shapes[matrix.path]
           layouts[matrix.path] = published.layout(matrix, shape, config, block, **form), scales.path
-          plans[matrix.path] = shape, block_fp8.FP8, variables[matrix.path].axes
+          plans[matrix.path] = shape, np.dtype(np.uint8), variables[matrix.path].axes
           plans[scales.path] = (published.scales_shape(matrix, shape, config, block), np.dtype(np.float32),
                                 published.axis_letters(scales.row.ours))
 
@@ -208,6 +208,8 @@ def _pieces(reader: Reader, job: Job, config: ModelConfig, block) -> list[np.nda
     return scales
 
   tensor = (finite if job.name.endswith(SCALE) else reader.read)(job.name, job.box)
+  if tensor.dtype == block_fp8.FP8 and job.scale_box is None:
+    tensor = tensor.view(np.uint8)  # stays FP8
   if job.scale_box is not None:
     scales = finite(job.name + SCALE, job.scale_box)
     widest = max((dtype for _, _, dtype, _ in job.uses), key=lambda dtype: dtype.itemsize)
@@ -265,7 +267,7 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
   arrays = {path: array for tree in (params, buffers) for path, array in _flat(tree)}
   kept = {path: weight for path, weight in arrays.items() if is_fp8(weight)}
   dtypes = {path: np.dtype(array.dtype) for path, array in arrays.items()}
-  arrays |= {path: weight.values for path, weight in kept.items()}
+  arrays |= {path: weight.bits for path, weight in kept.items()}
   for path, array in arrays.items():
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
       raise HFError(f'{"/".join(path)} lies on devices of several processes; save from one that holds the whole model, '
@@ -306,7 +308,7 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
     entry = group[0]
     kind = held[entry.name] if len(group) == 2 else entry.dtype
     if entry.name + SCALE in places:
-      tensor = assemble(entry.name, entry.shape, block_fp8.FP8)
+      tensor = assemble(entry.name, entry.shape, np.uint8).view(block_fp8.FP8)
       scales = assemble(entry.name + SCALE, block_fp8.scale_shape(entry.shape, layout.block), np.float32)
       if as_read:
         return tensor, scales.astype(group[1].dtype)

@@ -38,17 +38,17 @@ class Layout:
 class FP8Weight:
   """A leaf of `params` in place of an array, or several stacked on leading axes.
 
-  values: float8_e4m3fn, laid out like the array. scales: float32, a grid of blocks for each published matrix; the value
-  is the product of the two, rounded to `dtype`."""
+  bits: float8_e4m3fn, as uint8 (to slice FP8 arrays, the CPU backend makes float16 copies of them), laid out like the
+  array. scales: float32, a grid of blocks for each published matrix. A weight is the product, rounded to `dtype`."""
 
-  values: jax.Array
+  bits: jax.Array
   scales: jax.Array
   layout: Layout = dataclasses.field(metadata=dict(static=True))
   dtype: np.dtype = dataclasses.field(metadata=dict(static=True))
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.values.shape
+    return self.bits.shape
 
   def astype(self, dtype) -> 'FP8Weight':
     """The dtype that it computes in."""
@@ -56,12 +56,12 @@ class FP8Weight:
 
   def __getitem__(self, index) -> 'FP8Weight':
     """Along leading axes: layers, experts."""
-    return dataclasses.replace(self, values=self.values[index], scales=self.scales[index])
+    return dataclasses.replace(self, bits=self.bits[index], scales=self.scales[index])
 
   def dequantise(self) -> jax.Array:
-    """The array. Has no gradients: differentiating through it raises ConfigError."""
+    """The array."""
     layout, scales, order = self.layout, self.scales, self.layout.numbering
-    size, blocks = dict(zip(layout.letters, self.values.shape, strict=True)), {}
+    size, blocks = dict(zip(layout.letters, self.shape, strict=True)), {}
     for axis, letters, block, numbers in ((-2, layout.rows, layout.block[0], layout.row_blocks),
                                           (-1, layout.columns, layout.block[1], layout.column_blocks)):
       order += letters
@@ -73,7 +73,8 @@ class FP8Weight:
     scales = scales.reshape([size[letter] for letter in order])
     scales = scales.transpose([order.index(letter) for letter in layout.letters])
     with jax.named_scope('dequantise'):
-      w = dequantise(_without_gradients(self.values), scales, tuple(blocks.get(letter, 1) for letter in layout.letters))
+      values = jax.lax.bitcast_convert_type(self.bits, jnp.float8_e4m3fn)
+      w = dequantise(values, scales, tuple(blocks.get(letter, 1) for letter in layout.letters))
       # Said twice: XLA may leave out a conversion alone, and multiply with float32 numbers that were not rounded.
       kind = jnp.finfo(self.dtype)
       return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(self.dtype)
@@ -83,7 +84,7 @@ def ready(w, letters: str):
   """A layer's weight as the computation wants it: whole along fsdp and out of FP8. Experts stay FP8 for `chosen`."""
   if not isinstance(w, FP8Weight):
     return gather(w, letters)
-  w = dataclasses.replace(w, values=gather(w.values, letters))
+  w = dataclasses.replace(w, bits=gather(w.bits, letters))
   return w if 'E' in letters else w.dequantise()
 
 
@@ -103,11 +104,7 @@ def is_fp8(x) -> bool:
   return isinstance(x, FP8Weight)
 
 
-@jax.custom_jvp
-def _without_gradients(values):
-  return values
-
-
-@_without_gradients.defjvp
-def _(_primals, _tangents):
-  raise ConfigError("weights that are kept in FP8 have no gradients; to train, load them with fp8='dequantise'")
+def check_trainable(params):
+  """Raises ConfigError where a weight is kept in FP8."""
+  if any(map(is_fp8, jax.tree.leaves(params, is_leaf=is_fp8))):
+    raise ConfigError("weights that are kept in FP8 have no gradients; to train them, load with fp8='dequantise'")
