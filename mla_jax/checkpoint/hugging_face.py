@@ -138,7 +138,7 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None,
     log.debug('read %d bytes of %s', reader.bytes_read, directory)
   arrays = {path: targets.pop(path).finish() for path in list(targets)}
   for path, (layout, scales) in layouts.items():
-    arrays[path] = FP8Weight(arrays[path], arrays.pop(scales), layout, kinds[path])
+    arrays[path] = FP8Weight(arrays[path], arrays.pop(scales), layout, kinds[path], kinds[path])
   return config, _nest(params, arrays), _nest(buffers, arrays)
 
 
@@ -312,7 +312,8 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
       scales = assemble(entry.name + SCALE, block_fp8.scale_shape(entry.shape, layout.block), np.float32)
       if as_read:
         return tensor, scales.astype(group[1].dtype)
-      tensor = block_fp8.dequantize(tensor, scales, *whole(entry.shape), layout.block, kind)
+      loaded_as = kept[places[entry.name][0].path].loaded_as
+      tensor = block_fp8.dequantize(tensor, scales, *whole(entry.shape), layout.block, loaded_as).astype(kind)
     else:
       tensor = assemble(entry.name, entry.shape, kind)
     if len(group) == 1:

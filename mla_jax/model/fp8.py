@@ -39,11 +39,13 @@ class FP8Weight:
   """A leaf of `params` in place of an array, or several stacked on leading axes.
 
   bits: float8_e4m3fn, as uint8 (to slice FP8 arrays, the CPU backend makes float16 copies of them), laid out like the
-  array. scales: float32, a grid of blocks for each published matrix. A weight is the product, rounded to `dtype`."""
+  array. scales: float32, a grid of blocks for each published matrix. A weight is the product, rounded to `loaded_as`,
+  which is what it would be in memory if it were taken out of FP8 on loading, then to `dtype`."""
 
   bits: jax.Array
   scales: jax.Array
   layout: Layout = dataclasses.field(metadata=dict(static=True))
+  loaded_as: np.dtype = dataclasses.field(metadata=dict(static=True))
   dtype: np.dtype = dataclasses.field(metadata=dict(static=True))
 
   @property
@@ -75,9 +77,10 @@ class FP8Weight:
     with jax.named_scope('dequantise'):
       values = jax.lax.bitcast_convert_type(self.bits, jnp.float8_e4m3fn)
       w = dequantise(values, scales, tuple(blocks.get(letter, 1) for letter in layout.letters))
-      # Said twice: XLA may leave out a conversion alone, and multiply with float32 numbers that were not rounded.
-      kind = jnp.finfo(self.dtype)
-      return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(self.dtype)
+      # Conversions alone will not do: XLA may leave them out, and multiply with numbers that were not rounded.
+      for kind in map(jnp.finfo, (self.loaded_as, self.dtype)):
+        w = jax.lax.reduce_precision(w, kind.nexp, kind.nmant)
+      return w.astype(self.dtype)
 
 
 def ready(w, letters: str):
