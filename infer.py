@@ -6,6 +6,7 @@ import json
 from absl import flags
 
 from mla_jax import command_line
+from mla_jax.checkpoint.hugging_face import FP8_CHOICES
 from mla_jax.config import ConfigError
 from mla_jax.decoding.engine import SPECULATIVE as SPECULATIVE_MODES
 from mla_jax.language_model import Completions, LanguageModel
@@ -17,6 +18,7 @@ PROMPT = flags.DEFINE_multi_string('prompt', [], 'A text to continue; may be giv
 PROMPTS_FILE = flags.DEFINE_string('prompts_file', None, 'JSON lines with "prompt" (a text) or "tokens" (ids)')
 OUTPUT = flags.DEFINE_enum('output', 'text', ['text', 'jsonl'], 'Text, or one JSON object a prompt')
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'To compute in; default: as stored')
+FP8 = flags.DEFINE_enum('fp8', 'dequantise', FP8_CHOICES, 'What becomes of FP8 weights of --hf in memory')
 MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens a prompt gets at most')
 TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy')
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample from this many most probable tokens; 0: all')
@@ -80,7 +82,7 @@ def main(_):
   prompts = [*PROMPT.value, *(read_prompts(PROMPTS_FILE.value) if PROMPTS_FILE.value else [])]
   if not prompts:
     raise ConfigError('there is no prompt; give --prompt=TEXT or --prompts_file=FILE.jsonl')
-  lm = LanguageModel.load(WORKDIR.value or HF.value, DTYPE.value)
+  lm = LanguageModel.load(WORKDIR.value or HF.value, DTYPE.value, FP8.value)
   options = dict(
       max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value,
       min_p=MIN_P.value, seed=SEED.value, stop=STOP.value, logprobs=LOGPROBS.value or 0, speculative=SPECULATIVE.value,

@@ -6,6 +6,7 @@ Every array's name ends in its letters, and every weight declares them:
   Q query latent   C key-value latent K no-position    R rope width       H = K + R      V value width
   J = C + R        F hidden width     E experts        X experts a token  L layers       W vocabulary
   P cache pages    M rows (tokens x chosen experts)    U = T + 1          Z = 2 D        2 gate and up
+  r c rows and columns of the grid of blocks of an FP8 matrix (model/fp8.py)
 """
 
 import math

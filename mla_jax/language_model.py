@@ -51,10 +51,11 @@ class LanguageModel:
     self._mtp_logits = jax.jit(self._compute_mtp_logits)
 
   @classmethod
-  def load(cls, path: str | Path, dtype=None) -> 'LanguageModel':
+  def load(cls, path: str | Path, dtype=None, fp8: str = 'dequantise') -> 'LanguageModel':
     """From a workdir of train.py (its newest checkpoint) or a Hugging Face directory, which it tells apart by
-    config.json. `dtype` None: as stored; 'float32' computes at highest precision. A missing tokenizer is no error
-    until text is asked for. Raises ConfigError, one line."""
+    config.json. `dtype` None: as stored; 'float32' computes at highest precision. `fp8`: 'keep' leaves FP8 weights of a
+    Hugging Face directory so in memory, and computes the same with them. A missing tokenizer is no error until text is
+    asked for. Raises ConfigError, one line."""
     path = Path(path).expanduser()
     dtype = None if dtype is None else jnp.dtype(dtype)
     try:
@@ -63,11 +64,14 @@ class LanguageModel:
       raise ConfigError(f'{path} holds no readable config.json ({error}); '
                         'give a workdir of train.py or a Hugging Face model directory') from None
     if 'training' in stored:
+      if fp8 != 'dequantise':
+        raise ConfigError(f'fp8={fp8} is for Hugging Face directories; {path} is a workdir of train.py, which has no '
+                          'FP8 weights; leave it out')
       config, params, buffers = store.read_run(path)
       config, tokenizer = config.model, path / 'tokenizer'
     else:
       config, params, buffers = hugging_face.load(
-          path, dtype, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+          path, dtype, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]), fp8=fp8)
       tokenizer = path
     found = (tokenizer / 'tokenizer.json').is_file()
     lm = cls(config, params, buffers, load_tokenizer(tokenizer) if found else None, dtype)
@@ -111,7 +115,8 @@ class LanguageModel:
   def save_hf(self, path: str | Path, dtype=None, fp8: str | None = None):
     """Writes a Hugging Face directory, MTP layers and tokenizer included, that transformers and vLLM read too.
     `dtype` None: weights as they are held here, which is exact. `fp8`: 'float32' or 'ue8m0', the format of the scales;
-    the matrices that DeepSeek publishes in FP8 become so. Raises ConfigError, one line."""
+    the matrices that DeepSeek publishes in FP8 become so. Weights kept in FP8 are written as they were read. Raises
+    ConfigError, one line."""
     with tempfile.TemporaryDirectory() as folder:
       if self.tokenizer_folder is None and self.tokenizer is not None:
         self.tokenizer.save(folder)

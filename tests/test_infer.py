@@ -55,6 +55,9 @@ WRONG = {
     'bad json': (['--workdir=RUN', '--prompts_file=RUN/bad.jsonl'], r'bad\.jsonl line 2 is no JSON'),
     'bad line': (['--workdir=RUN', '--prompts_file=RUN/odd.jsonl'], 'line 1 has neither "prompt"'),
     'no tokenizer': (['--hf=GOLDEN', '--prompt=a'], r'no tokenizer\.json'),
+    'fp8': (['--hf=GOLDEN', '--prompt=a', '--fp8=some'], 'fp8=some.*dequantise.keep'),
+    'fp8 of a run': (['--workdir=RUN', '--prompt=a', '--fp8=keep'], 'fp8=keep is for Hugging Face directories'),
+    'no fp8': (['--hf=GOLDEN', '--prompt=a', '--fp8=keep'], 'v3_plain has no FP8 weights to keep'),
     'vocabulary': (['--workdir=RUN', '--prompts_file=RUN/ids.jsonl'], 'prompt 0 has token id 999'),
 }
 RIGHT = {
@@ -63,6 +66,8 @@ RIGHT = {
     'jsonl': ['--workdir=RUN', '--prompts_file=RUN/two.jsonl', '--output=jsonl', '--max_new_tokens=20', '--logprobs=2'],
     'sampled': ['--workdir=RUN', '--prompt=ab', '--prompt=cd', '--output=jsonl', '--max_new_tokens=20',
                 '--temperature=2', '--speculative=off', '--seed=3'],
+    'fp8 dequantised': ['--hf=RUN/fp8', '--prompt=ab', '--output=jsonl', '--max_new_tokens=20', '--logprobs=0'],
+    'fp8 kept': ['--hf=RUN/fp8', '--prompt=ab', '--output=jsonl', '--max_new_tokens=20', '--logprobs=0', '--fp8=keep'],
 }
 
 
@@ -80,6 +85,7 @@ def expected(lm):
 @pytest.fixture(scope='module')
 def results(lm, expected, tmp_path_factory):
   run = write_run(tmp_path_factory.mktemp('run'), lm)
+  lm.save_hf(run / 'fp8', fp8='float32')
   (run / 'two.jsonl').write_text('{"prompt": "ab"}\n\n{"tokens": [256, 97, 98]}\n')
   (run / 'bad.jsonl').write_text('{"prompt": "ab"}\n{"prompt": \n')
   (run / 'odd.jsonl').write_text('{"promt": "ab"}\n')
@@ -131,6 +137,13 @@ def test_sampling_flags_reach_the_model(results, lm):
   assert [line['tokens'] for line in lines] == [completion.tokens for completion in again]
   assert 'logprobs' not in lines[0]
   assert stats['acceptance_rate'] == []
+
+
+def test_kept_fp8_weights_decode_as_dequantised_ones(results):
+  (code, out, _), (_, other, _) = results['fp8 kept'], results['fp8 dequantised']
+  assert code == 0
+  assert out.splitlines()[0] == other.splitlines()[0]
+  assert len(json.loads(out.splitlines()[0])['logprobs']) == 20
 
 
 @pytest.mark.parametrize('name', WRONG)

@@ -3,9 +3,9 @@
   python -m mla_jax.checkpoint.hugging_face export WORKDIR DIR [--dtype=bfloat16] [--fp8=float32|ue8m0]
   python -m mla_jax.checkpoint.hugging_face config DIR FILE.py     a config for train.py --init_from=DIR
 
-`load` streams: a tensor, or the part of it that this process's devices hold, is read, taken out of FP8, laid out our
-way and handed to its devices, then the next. `save` is the same backwards. Nothing is unpickled and no code of a
-directory runs: JSON and safetensors are all that is read.
+`load` streams: a tensor, or the part of it that this process's devices hold, is read, taken out of FP8 (unless that is
+kept), laid out our way and handed to its devices, then the next. `save` is the same backwards. Nothing is unpickled and
+no code of a directory runs: JSON and safetensors are all that is read.
 """
 
 import contextlib
@@ -29,24 +29,21 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from mla_jax import axes
-from mla_jax.checkpoint import block_fp8, published, store, tensor_files
+from mla_jax.checkpoint import agreement, block_fp8, published, store, tensor_files
 from mla_jax.checkpoint.placement import Target, fetch
 from mla_jax.checkpoint.published import BIAS, SCALE, Place
-from mla_jax.checkpoint.published_config import config_from_hf, config_to_hf, fp8_block
-from mla_jax.checkpoint.tensor_files import DTYPES, Entry, HFError, Reader, Stored, read_json, whole
+from mla_jax.checkpoint.published_config import config_from_hf, config_to_hf, scale_format
+from mla_jax.checkpoint.tensor_files import DTYPES, Entry, HFError, Reader, read_json, whole
 from mla_jax.config import ConfigError, ModelConfig
+from mla_jax.model.fp8 import FP8Weight, Layout, is_fp8
 from mla_jax.model.layers import FLOAT32_WEIGHTS
-from mla_jax.model.rope import inverse_frequencies
 from mla_jax.model.transformer import abstract
 
 log = logging.getLogger(__name__)
 
-PLAIN = ('BF16', 'F16', 'F32')  # what weights are stored in beside FP8
-SCALES = ('F32', 'F8_E8M0')
+FP8_CHOICES = ('dequantise', 'keep')
 AHEAD = min(os.cpu_count() or 1, 8)  # tensors that threads read and convert while others are placed
-COMPARED = 64 << 20  # bytes of a repeated tensor compared at a time
 FILE_BYTES = 5 * 10**9
-FREQUENCIES = '.self_attn.rotary_emb.inv_freq'  # in some Llama files: what follows from config.json
 # What a directory holds beside config.json and weights that a tokenizer or a server wants. No code.
 CARRIED = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'special_tokens_map.json', 'added_tokens.json',
            'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json', 'generation_config.json')
@@ -72,22 +69,27 @@ class Job(NamedTuple):
 
   name: str
   box: tuple[slice, ...]
-  scale_box: tuple[slice, ...] | None  # FP8: the scales that region needs
+  scale_box: tuple[slice, ...] | None  # to take it out of FP8: the scales that region needs
   uses: list[tuple[Place, published.Part, np.dtype, object]]  # ..., dtype, shard
   nbytes: int
 
 
-def load(directory, dtype=None, *, place=None, on_host: bool | None = None) -> tuple[ModelConfig, dict, dict]:
+def load(directory, dtype=None, *, place=None, on_host: bool | None = None,
+         fp8: str = 'dequantise') -> tuple[ModelConfig, dict, dict]:
   """(config, params, buffers) of a directory, in the structure of `transformer.split`.
 
   dtype: of the weights; None = as stored, FP8 becoming bfloat16. Where one is given, norms and routers become float32;
   the routers' selection bias is float32 always.
   place: None for NumPy arrays; a Sharding for all of them; or a Mesh, over which they lie as `axes.TABLE` says. A
   process reads the bytes that its own devices need. on_host: see `placement.Target`.
+  fp8: what becomes of weights in FP8. 'dequantise': arrays of `dtype`. 'keep': they are `model.fp8.FP8Weight`s, which
+  compute the same bits, to decode in half the memory; they can not be trained.
 
   Raises HFError (ConfigError for values that no model can have), one line, where the directory lacks a file, a file is
   damaged, the model is of another kind, or a tensor is missing, extra, of another shape or of no readable dtype."""
   directory = Path(directory)
+  if fp8 not in FP8_CHOICES:
+    raise HFError(f'fp8={fp8!r} is unknown; use one of {", ".join(map(repr, FP8_CHOICES))}')
   values = read_json(directory / 'config.json')
   config = config_from_hf(values)
   stored = tensor_files.scan(directory)
@@ -100,11 +102,27 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None) -> t
   variables = dict(published.leaves(params)) | dict(published.leaves(buffers))
   shapes = {path: variable.shape for path, variable in variables.items()}
   repeats = published.repeats(config)
-  block = check(directory, values, stored, published.tensors(config, shapes), repeats)
-
+  expected = published.tensors(config, shapes)
+  block = agreement.check(directory, values, stored, expected, repeats)
   places = published.places(config, shapes)
-  targets = {path: Target(variable.shape, kind, _sharding(variable, place), on_host)
-             for (path, variable), kind in zip(variables.items(), _kinds(shapes, places, stored, dtype), strict=True)}
+  kinds = _kinds(shapes, places, stored, dtype)
+  plans = {path: (variable.shape, kinds[path], variable.axes) for path, variable in variables.items()}
+  layouts = {}
+  if fp8 == 'keep':
+    agreement.check_kept(directory, stored, expected)
+    form = dict(scale_fmt=scale_format(values), scale_dtype=agreement.scale_dtype(stored))
+    for name in filter(published.is_quantized, list(places)):
+      places[name + SCALE] = published.scale_places(places[name])
+      for matrix, scales in zip(places[name], places[name + SCALE], strict=True):
+        if matrix.path not in layouts:
+          shape = shapes[matrix.path]
+          layouts[matrix.path] = published.layout(matrix, shape, config, block, **form), scales.path
+          plans[matrix.path] = shape, np.dtype(np.uint8), variables[matrix.path].axes
+          plans[scales.path] = (published.scales_shape(matrix, shape, config, block), np.dtype(np.float32),
+                                published.axis_letters(scales.row.ours))
+
+  targets = {path: Target(shape, kind, _sharding(letters, shape, place), on_host)
+             for path, (shape, kind, letters) in plans.items()}
   jobs = _jobs(config, places, targets, stored, block)
   with Reader(stored) as reader, _progress(sum(job.nbytes for job in jobs), 'loading') as done:
     for job, pieces in _ahead(lambda job: _pieces(reader, job, config, block), jobs):
@@ -112,13 +130,15 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None) -> t
         shard.put(part.start, piece)
       done(job.nbytes)
     for name, of in repeats.items():
-      if name in stored and not _same(reader, name, of):
+      if name in stored and not agreement.same(reader, name, of):
         raise HFError(f'{directory}: {name} differs from {of}, which the model shares; it would be lost')
     for name in stored:
-      if name.endswith(FREQUENCIES) and not _are_frequencies(reader.read(name), config):
+      if name.endswith(agreement.FREQUENCIES) and not agreement.are_frequencies(reader.read(name), config):
         raise HFError(f"{directory}: {name} is not what config.json's rope settings give; it would be lost")
     log.debug('read %d bytes of %s', reader.bytes_read, directory)
   arrays = {path: targets.pop(path).finish() for path in list(targets)}
+  for path, (layout, scales) in layouts.items():
+    arrays[path] = FP8Weight(arrays[path], arrays.pop(scales), layout, kinds[path], kinds[path])
   return config, _nest(params, arrays), _nest(buffers, arrays)
 
 
@@ -132,64 +152,25 @@ def _without_dropped_mtp(directory, config: ModelConfig, stored) -> ModelConfig:
   return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-def check(directory, values: dict, stored: dict[str, Stored], expected: dict, repeats) -> tuple[int, int] | None:
-  """Compares the files' tensors with those the model has, and returns the size of FP8's blocks. Raises HFError."""
-  problems, block = [], fp8_block(values)
-
-  def report(what, found):
-    if found:
-      more = f', and {len(found) - 3} more' if len(found) > 3 else ''
-      problems.append(f'{what} {len(found)} ({", ".join(found[:3])}{more})')
-
-  fp8 = {name: None for name in expected if name in stored and stored[name].dtype == 'F8_E4M3'}  # an ordered set
-  scales = {name + SCALE: name for name in fp8}
-  report('missing', [name for name in expected if name not in stored and name not in repeats])
-  report('extra', [name for name in stored if not (name in expected or name in repeats or name in scales
-                                                    or name.endswith(FREQUENCIES))])
-  shapes = expected | {name: expected[of] for name, of in repeats.items()}
-  report('misshapen', [f'{name} is {list(stored[name].shape)}, not {list(shape)}' for name, shape in shapes.items()
-                       if name in stored and stored[name].shape != shape])
-  if problems:
-    raise HFError(f'{directory}: its tensors are not those of its config.json: {"; ".join(problems)}')
-
-  if fp8 and block is None:
-    raise HFError(f'{directory}: {next(iter(fp8))} is F8_E4M3, but config.json has no quantization_config; add it')
-  if block is not None and not fp8:
-    log.warning('%s: config.json has a quantization_config, but no tensor is FP8: read as they are', directory)
-  for name in shapes.keys() & stored.keys():
-    if stored[name].dtype not in PLAIN and name not in fp8:
-      raise HFError(f'{stored[name].file}: {name} is {stored[name].dtype}; only {", ".join(PLAIN)} and F8_E4M3 can be '
-                    'read')
-  for name in fp8:
-    scale = stored.get(name + SCALE)
-    if len(expected[name]) != 2:
-      raise HFError(f'{stored[name].file}: {name} is F8_E4M3 {list(expected[name])}; only matrices can be')
-    if scale is None:
-      raise HFError(f'{directory}: {name} is F8_E4M3, but {name + SCALE} is missing')
-    if scale.dtype not in SCALES or scale.shape != block_fp8.scale_shape(expected[name], block):
-      raise HFError(f'{scale.file}: {name + SCALE} is {scale.dtype} {list(scale.shape)}, not F32 or F8_E8M0 '
-                    f'{list(block_fp8.scale_shape(expected[name], block))}, one a block of {list(block)}')
-  return block
-
-
-def _kinds(shapes, places, stored, dtype) -> Iterator[np.dtype]:
+def _kinds(shapes, places, stored, dtype) -> dict[tuple, np.dtype]:
   """The dtype of each of our arrays; as stored, where all tensors of one agree, else float32."""
-  found = {path: set() for path in shapes}
+  found, out = {path: set() for path in shapes}, {}
   for name, here in places.items():
     for place in here:
       found[place.path].add('BF16' if stored[name].dtype == 'F8_E4M3' else stored[name].dtype)
   for path, kinds in found.items():
     if path == (BIAS.ours,) or (dtype is not None and path[-1].startswith(FLOAT32_WEIGHTS)):
-      yield np.dtype(np.float32)
+      out[path] = np.dtype(np.float32)
     elif dtype is not None:
-      yield np.dtype(dtype)
+      out[path] = np.dtype(dtype)
     else:
-      yield np.dtype(DTYPES[kinds.pop()] if len(kinds) == 1 else np.float32)
+      out[path] = np.dtype(DTYPES[kinds.pop()] if len(kinds) == 1 else np.float32)
+  return out
 
 
-def _sharding(variable, place):
+def _sharding(letters: str, shape, place):
   if isinstance(place, jax.sharding.Mesh):
-    return jax.sharding.NamedSharding(place, axes.spec(variable.axes, variable.shape, place))
+    return jax.sharding.NamedSharding(place, axes.spec(letters, shape, place))
   return place
 
 
@@ -207,7 +188,7 @@ def _jobs(config, places, targets, stored, block) -> list[Job]:
     box = tuple(slice(min(s.start for s in spans), max(s.stop for s in spans))
                 for spans in zip(*(part.box for _, part, *_ in uses), strict=True))
     nbytes, scale_box = _elements(box) * stored[name].itemsize, None
-    if stored[name].dtype == 'F8_E4M3':
+    if stored[name].dtype == 'F8_E4M3' and name + SCALE not in places:
       scale_box = tuple(slice(s.start // width, -(-s.stop // width)) for s, width in zip(box, block, strict=True))
       nbytes += _elements(scale_box) * stored[name + SCALE].itemsize
     jobs.append(Job(name, box, scale_box, uses, nbytes))
@@ -220,11 +201,17 @@ def _elements(box) -> int:
 
 def _pieces(reader: Reader, job: Job, config: ModelConfig, block) -> list[np.ndarray]:
   """What each of the job's uses puts into its shard."""
-  tensor = reader.read(job.name, job.box)
-  if job.scale_box is not None:
-    scales = reader.read(job.name + SCALE, job.scale_box)
+  def finite(name, box):
+    scales = reader.read(name, box)
     if not np.isfinite(scales.astype(np.float32)).all():
-      raise HFError(f'{reader.stored[job.name + SCALE].file}: {job.name + SCALE} holds NaN or infinity')
+      raise HFError(f'{reader.stored[name].file}: {name} holds NaN or infinity')
+    return scales
+
+  tensor = (finite if job.name.endswith(SCALE) else reader.read)(job.name, job.box)
+  if tensor.dtype == block_fp8.FP8 and job.scale_box is None:
+    tensor = tensor.view(np.uint8)  # stays FP8
+  if job.scale_box is not None:
+    scales = finite(job.name + SCALE, job.scale_box)
     widest = max((dtype for _, _, dtype, _ in job.uses), key=lambda dtype: dtype.itemsize)
     tensor = block_fp8.dequantize(tensor, scales, *job.box, block, widest)
   out = []
@@ -233,24 +220,6 @@ def _pieces(reader: Reader, job: Job, config: ModelConfig, block) -> list[np.nda
                    for s, whole in zip(part.box, job.box, strict=True))
     out.append(published.arrange(tensor[inside], place, part, config).astype(dtype, copy=False))
   return out
-
-
-def _same(reader: Reader, name: str, of: str) -> bool:
-  """Whether two tensors hold the same values. Processes share the work, each comparing some of the rows."""
-  rows, *others = whole(reader.stored[of].shape)
-  process, count = jax.process_index(), jax.process_count()
-  begin, end = rows.stop * process // count, rows.stop * (process + 1) // count
-  step = max(COMPARED // max(reader.stored[of].nbytes // rows.stop, 1), 1)
-  boxes = ((slice(at, min(at + step, end)), *others) for at in range(begin, end, step))
-  if reader.stored[name].dtype != reader.stored[of].dtype:
-    return all(np.array_equal(reader.read(name, box), reader.read(of, box)) for box in boxes)
-  return all(np.array_equal(*(reader.read(n, box).view(np.uint8) for n in (name, of))) for box in boxes)
-
-
-def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
-  width = config.qk_rope_head_dim if config.attention == 'mla' else config.qk_head_dim
-  ours = inverse_frequencies(width, config.rope_theta, config.rope_scaling)
-  return stored.shape == ours.shape and np.allclose(stored.astype(np.float64), ours, rtol=0.01)  # some are bfloat16
 
 
 def _ahead(function: Callable, items: list) -> Iterator[tuple]:
@@ -287,42 +256,66 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
   """Writes a directory that transformers, vLLM, SGLang and `load` read. It appears whole or not at all.
 
   dtype: of all weights but the routers' selection bias (float32 always); None = as held. fp8: 'float32' or 'ue8m0',
-  the format of the scales: the matrices that the release has in FP8 become FP8. tokenizer: a directory whose tokenizer
-  files are carried over. file_bytes: of tensors in a file, at most.
+  the format of the scales: the matrices that the release has in FP8 become FP8. Weights kept in FP8 are written as they
+  were read, where neither is given or fp8 is the format they have. tokenizer: a directory whose tokenizer files are
+  carried over. file_bytes: of tensors in a file, at most.
 
   Raises HFError, one line, where the directory holds something, or nobody else could read such a model."""
   directory = Path(directory).expanduser().absolute()
   if fp8 not in (None, *block_fp8.SCALE_FORMATS):
     raise HFError(f'fp8={fp8!r} is unknown; use one of {", ".join(map(repr, block_fp8.SCALE_FORMATS))}, or None')
   arrays = {path: array for tree in (params, buffers) for path, array in _flat(tree)}
+  kept = {path: weight for path, weight in arrays.items() if is_fp8(weight)}
+  dtypes = {path: np.dtype(array.dtype) for path, array in arrays.items()}
+  arrays |= {path: weight.bits for path, weight in kept.items()}
   for path, array in arrays.items():
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
       raise HFError(f'{"/".join(path)} lies on devices of several processes; save from one that holds the whole model, '
                     'e.g. after restoring the checkpoint there')
   kind = np.dtype(params['embedding_WD'].dtype if dtype is None else dtype)
-  values = config_to_hf(config, str(kind), fp8)
+  layout = next((weight.layout for weight in kept.values()), Layout('', '', '', ''))
+  as_read = kept and (fp8 == layout.scale_fmt or fp8 is dtype is None)
+  fp8 = layout.scale_fmt if as_read else fp8
+  block, scale_dtype = (layout.block, layout.scale_dtype) if as_read else (block_fp8.BLOCK, 'F32')
+  values = config_to_hf(config, str(kind), fp8, block)
   if tokenizer is not None:
     values |= _special_ids(Path(tokenizer))
 
   shapes = {path: array.shape for path, array in arrays.items()}
   places, repeats = published.places(config, shapes), published.repeats(config)
-  held = {name: np.dtype(arrays[places[repeats.get(name, name)][0].path].dtype)
-          for name in published.tensors(config, shapes)}
+  for name in [name for name, found in places.items() if found[0].path in kept]:
+    places[name + SCALE] = published.scale_places(places[name])
+    arrays |= {scales.path: kept[matrix.path].scales
+               for matrix, scales in zip(places[name], places[name + SCALE], strict=True)}
+  held = {name: dtypes[places[repeats.get(name, name)][0].path] for name in published.tensors(config, shapes)}
   groups = []
   for name, shape in published.tensors(config, shapes).items():
     if fp8 and published.is_quantized(name):
       groups.append((Entry(name, block_fp8.FP8, shape),
-                     Entry(name + SCALE, np.dtype(np.float32), block_fp8.scale_shape(shape))))
+                     Entry(name + SCALE, np.dtype(DTYPES[scale_dtype]), block_fp8.scale_shape(shape, block))))
     else:
       plain = dtype is None or name.endswith(BIAS.published)
       groups.append((Entry(name, held[name] if plain else np.dtype(dtype), shape),))
 
-  def make(group) -> tuple[np.ndarray, ...]:
-    entry = group[0]
-    tensor = np.empty(entry.shape, held[entry.name] if len(group) == 2 else entry.dtype)
-    for place in places[repeats.get(entry.name, entry.name)]:
+  def assemble(name, shape, dtype) -> np.ndarray:
+    tensor = np.empty(shape, dtype)
+    for place in places[repeats.get(name, name)]:
       for theirs, ours in published.views(tensor, fetch(arrays[place.path], place.index), place.row, config):
         theirs[...] = ours
+    return tensor
+
+  def make(group) -> tuple[np.ndarray, ...]:
+    entry = group[0]
+    kind = held[entry.name] if len(group) == 2 else entry.dtype
+    if entry.name + SCALE in places:
+      tensor = assemble(entry.name, entry.shape, np.uint8).view(block_fp8.FP8)
+      scales = assemble(entry.name + SCALE, block_fp8.scale_shape(entry.shape, layout.block), np.float32)
+      if as_read:
+        return tensor, scales.astype(group[1].dtype)
+      loaded_as = kept[places[entry.name][0].path].loaded_as
+      tensor = block_fp8.dequantize(tensor, scales, *whole(entry.shape), layout.block, loaded_as).astype(kind)
+    else:
+      tensor = assemble(entry.name, entry.shape, kind)
     if len(group) == 1:
       return (tensor,)
     try:

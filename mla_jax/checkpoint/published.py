@@ -15,6 +15,7 @@ import numpy as np
 from mla_jax.axes import is_variable
 from mla_jax.checkpoint.block_fp8 import scale_shape
 from mla_jax.config import ModelConfig
+from mla_jax.model.fp8 import Layout
 from mla_jax.model.transformer import abstract
 
 
@@ -127,7 +128,7 @@ def places(config: ModelConfig, shapes: dict) -> dict[str, list[Place]]:
       path = (*parent, *row.ours.split('/'))
       if path not in shapes:
         continue
-      letters = path[-1].rpartition('_')[2]
+      letters = axis_letters(path[-1])
       for expert in range(config.n_routed_experts if '{expert}' in row.published else 1):
         fixed = {'2': row.gate_up} if '{expert}' not in row.published else {'2': row.gate_up, 'E': expert}
         name = prefix + row.published.format(expert=expert)
@@ -148,6 +149,44 @@ def places(config: ModelConfig, shapes: dict) -> dict[str, list[Place]]:
       name = prefix + BIAS.published
       out[name].append(Place(name, BIAS, (BIAS.ours,), (i - dense, slice(None))))
   return dict(out)
+
+
+def scale_places(found: list[Place]) -> list[Place]:
+  """Where the scales of a matrix lie that stays FP8: below its own paths, numbered as it is, and otherwise as
+  published, rows of blocks r and columns c."""
+  out = []
+  for place in found:
+    row = Row(place.row.published + SCALE, 'r c', f'scales_{_numbering(place.row)}rc')
+    numbers = (i for i in place.index if isinstance(i, int))
+    out.append(Place(place.name + SCALE, row, (*place.path, row.ours), (*numbers, slice(None), slice(None))))
+  return out
+
+
+def scales_shape(place: Place, shape: tuple[int, ...], config: ModelConfig, block) -> tuple[int, ...]:
+  """Of the array of all scales at the path of `scale_places`; `shape` is that of the array they belong to."""
+  numbered = (size for size, i in zip(shape, place.index, strict=True) if isinstance(i, int))
+  return (*numbered, *scale_shape(published_shape(place, shape, config), block))
+
+
+def layout(place: Place, shape: tuple[int, ...], config: ModelConfig, block, **stored) -> Layout:
+  """How the blocks of a matrix that stays FP8 lie in our array of `shape`. stored: see `Layout`."""
+  sizes, groups, numbers = _sizes(place.row, _free(place, shape), config), place.row.axes.split(), []
+  for group, count, width in zip(groups, published_shape(place, shape, config), block, strict=True):
+    letters = [letter for letter in _letters(place.row) if letter in group]
+    # The block of each row (or column) of the file, arranged as the loader arranges rows.
+    array = np.empty([sizes[letter] for letter in letters], np.int32)
+    row = place.row._replace(axes=group, ours=f'_{"".join(letters)}')
+    for theirs, ours in views(np.arange(count, dtype=np.int32) // width, array, row, config):
+      ours[...] = theirs
+    array = array.transpose([letters.index(letter) for letter in group]).reshape(-1)
+    regular = len(group) == 1 and np.array_equal(array, np.arange(count) // width)
+    numbers.append(None if regular else array.tobytes())
+  return Layout(axis_letters(place.path[-1]), _numbering(place.row), *groups, tuple(block), *numbers, **stored)
+
+
+def axis_letters(name: str) -> str:
+  """Of one of our arrays, by its name."""
+  return name.rpartition('_')[2]
 
 
 def repeats(config: ModelConfig) -> dict[str, str]:
@@ -245,7 +284,12 @@ def _free(place: Place, shape) -> tuple[int, ...]:
 
 def _letters(row: Row) -> str:
   """The axes of our array that a row fills, in our order."""
-  return ''.join(letter for letter in row.ours.rpartition('_')[2] if letter in row.axes)
+  return ''.join(letter for letter in axis_letters(row.ours) if letter in row.axes)
+
+
+def _numbering(row: Row) -> str:
+  """The axes of our array that number a row's matrices."""
+  return ''.join(letter for letter in axis_letters(row.ours) if letter not in row.axes)
 
 
 def _sizes(row: Row, shape, config: ModelConfig) -> dict[str, int]:

@@ -116,10 +116,15 @@ def fp8_block(values: dict) -> tuple[int, int] | None:
   return tuple(block)
 
 
-def config_to_hf(config: ModelConfig, dtype: str, fp8: str | None = None) -> dict:
+def scale_format(values: dict) -> str:
+  """What config.json calls the format of FP8's scales: one of `SCALE_FORMATS`."""
+  return 'ue8m0' if values['quantization_config'].get('scale_fmt') == 'ue8m0' else 'float32'
+
+
+def config_to_hf(config: ModelConfig, dtype: str, fp8: str | None = None, block=BLOCK) -> dict:
   """config.json that says the same to old readers (rope_scaling, rope_theta, torch_dtype) and to transformers 5
-  (rope_parameters, dtype), and to us. `fp8`: the format of the scales of a directory with FP8. Raises HFError where
-  no published kind of model computes what ours does."""
+  (rope_parameters, dtype), and to us. `fp8`: the format of the scales of a directory with FP8 in blocks of `block`.
+  Raises HFError where no published kind of model computes what ours does."""
   c, kind = config, _kind(config)
   if kind in GROUPED:
     keys = (*REQUIRED_OF_GROUPED, 'tie_word_embeddings', 'rms_norm_eps', 'initializer_range')
@@ -132,7 +137,7 @@ def config_to_hf(config: ModelConfig, dtype: str, fp8: str | None = None) -> dic
       special['first_k_dense_replace'] = c.num_hidden_layers  # every reader asks for the layers from here on
   if fp8:
     special['quantization_config'] = dict(quant_method='fp8', fmt='e4m3', activation_scheme='dynamic',
-                                          weight_block_size=list(BLOCK))
+                                          weight_block_size=list(block))
     special['quantization_config'] |= dict(scale_fmt='ue8m0') if fp8 == 'ue8m0' else {}
   rope = _rope_to_hf(c.rope_scaling)
   return dict(

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla_jax.axes import gather, letters_of, shard
+from mla_jax.axes import letters_of, shard
 from mla_jax.config import ModelConfig
 from mla_jax.model.attention import Context, make_attention
 from mla_jax.model.cache import Cache
+from mla_jax.model.fp8 import is_fp8, ready
 from mla_jax.model.layers import SwiGLU, ones, rms_norm
 from mla_jax.model.moe import MixtureOfExperts
 
@@ -50,8 +51,8 @@ def build_stack(make, count: int, key):
 def take(stack, index):
   """One module of a stack."""
   graph, weights = nnx.split(stack)
-  return nnx.merge(graph, jax.tree.map(lambda w, letters: gather(w[index], letters), nnx.as_pure(weights),
-                                       letters_of(weights)))
+  return nnx.merge(graph, jax.tree.map(lambda w, letters: ready(w[index], letters), nnx.as_pure(weights),
+                                       letters_of(weights), is_leaf=is_fp8))
 
 
 def scan_stack(stack, count: int, x_BTD, bias_LE, valid_BT, ctx: Context, cache: Cache | None, first: int,
@@ -64,7 +65,7 @@ def scan_stack(stack, count: int, x_BTD, bias_LE, valid_BT, ctx: Context, cache:
   def body(carry, layer_inputs):
     x_BTD, cache = carry
     weights, bias_E, layer = layer_inputs
-    weights = jax.tree.map(gather, weights, letters)
+    weights = jax.tree.map(ready, weights, letters, is_leaf=is_fp8)
     x_BTD, cache, seen = nnx.merge(graph, weights)(x_BTD, bias_E, valid_BT, ctx, cache, layer)
     return (x_BTD, cache), seen
 

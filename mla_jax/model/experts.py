@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mla_jax.model.fp8 import chosen
 from pallas_kernels import dispatch, grouped_matmul, swiglu, swiglu_gradients
 
 
@@ -112,15 +113,17 @@ project.defvjp(lambda *operands: (project(*operands), operands), _project_backwa
 
 def experts(x_TD, ids_TX, weights_TX, wi_ED2F, wo_EFD, first):
   """The weighted sum of the chosen experts among `first` .. first + E - 1; others contribute nothing."""
-  count, width = wi_ED2F.shape[:2]
-  # Before any custom gradient, so that weights held by several devices get their gradients summed.
-  x_TD, ids_TX, weights_TX, wi_ED2F, wo_EFD = dispatch.align_varying(x_TD, ids_TX, weights_TX, wi_ED2F, wo_EFD)
   with jax.named_scope('moe/sort'):
-    routes = sort(ids_TX, first, count)
+    routes = sort(ids_TX, first, wi_ED2F.shape[0])
+    sizes_E, (wi_ED2F, wo_EFD) = chosen(routes.sizes_E, ids_TX.size, wi_ED2F, wo_EFD)
+  # Before any custom gradient, so that weights held by several devices get their gradients summed.
+  x_TD, weights_TX, wi_ED2F, wo_EFD, *routes = dispatch.align_varying(x_TD, weights_TX, wi_ED2F, wo_EFD,
+                                                                      *routes._replace(sizes_E=sizes_E))
+  routes = Routes(*routes)
   with jax.named_scope('moe/spread'):
     rows_MD = spread(x_TD, routes)
   with jax.named_scope('moe/experts'):
-    h_M2F = grouped_matmul(rows_MD, wi_ED2F.reshape(count, width, -1), routes.sizes_E, zero_tail=False)
+    h_M2F = grouped_matmul(rows_MD, wi_ED2F.reshape(*wi_ED2F.shape[:2], -1), routes.sizes_E, zero_tail=False)
     y_MD = project(h_M2F, weights_TX, wo_EFD, routes)
   with jax.named_scope('moe/collect'):
     return collect(y_MD, routes)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mla_jax.model.fp8 import is_fp8
+
 # Weights that stay float32 whatever the compute dtype: a bf16 router turns near-ties into other experts.
 FLOAT32_WEIGHTS = ('norm', 'router')
 
@@ -25,11 +27,11 @@ def ones(width: int, letter: str) -> nnx.Param:
 
 
 def cast(params, dtype):
-  """Weights as the forward pass computes with them."""
+  """Weights as the forward pass computes with them; those kept in FP8 stay so, and become `dtype` on use."""
   def one(path, w):
     name = path[-1].key
     return w if name.startswith(FLOAT32_WEIGHTS) else w.astype(dtype)
-  return jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_fp8)
 
 
 def rms_norm(x, scale, epsilon: float):

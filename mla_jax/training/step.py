@@ -9,6 +9,7 @@ from flax import nnx
 
 from mla_jax.axes import shard
 from mla_jax.config import Config
+from mla_jax.model.fp8 import check_trainable
 from mla_jax.model.layers import cast
 from mla_jax.model.moe import rebalance
 from mla_jax.model.transformer import abstract
@@ -52,6 +53,7 @@ def train_step(config: Config, optimizer: optax.GradientTransformation):
     return jax.lax.scan(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts)[0]
 
   def step(state: TrainState, batch: dict, controls: Controls):
+    check_trainable(state.params)
     batch = jax.tree.map(lambda x: shard(x, 'BU'), batch)
     counts = loss.counts(batch['segments'], model.num_nextn_predict_layers)
     grads, sums = gradients(state, batch, counts, controls.mtp_loss_weight)

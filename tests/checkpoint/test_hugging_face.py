@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mla_jax.axes import is_variable
-from mla_jax.checkpoint import hugging_face, published
+from mla_jax.checkpoint import agreement, hugging_face, published
 from mla_jax.checkpoint.published_config import config_from_hf
 from mla_jax.checkpoint.tensor_files import HFError, Stored
 from mla_jax.config import ConfigError, RopeScaling
@@ -179,10 +179,10 @@ def test_all_tensors_of_the_released_v3():
   stored = {name: header(name, shape) for name, shape in expected.items()}
   values = V3 | dict(quantization_config=FP8)
   found, repeats = published.tensors(config, shapes), published.repeats(config)
-  assert hugging_face.check('R1', values, stored, found, repeats) == (128, 128)
+  assert agreement.check('R1', values, stored, found, repeats) == (128, 128)
   lost = 'model.layers.61.mlp.experts.255.down_proj.weight_scale_inv'
   with pytest.raises(HFError, match=f'{lost} is missing'):
-    hugging_face.check('R1', values, {name: s for name, s in stored.items() if name != lost}, found, repeats)
+    agreement.check('R1', values, {name: s for name, s in stored.items() if name != lost}, found, repeats)
 
 
 def test_a_dtype_leaves_norms_and_routers_in_float32():
