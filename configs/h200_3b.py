@@ -3,9 +3,9 @@
 Command:  python -m mla_jax.data.tokenizer --source=site-packages --vocab_size=32768 --output=runs/bpe32k
           python train.py --config=configs/h200_3b.py --workdir=runs/h200_3b
 Hardware: one H200
-Result:   31,400 to 32,100 tokens/s in three runs of 60 to 100 steps, 12% of 989 TFLOP/s, with the portable kernels
-          (commit 749b3d7, before the Hopper ones) and --config.data.source=stdlib (Hugging Face compiled: 73,200,
-          another day's run); one row decodes at 209 tokens/s in bf16 (one run)
+Result:   89,600 to 91,400 tokens/s, 34% of 989 TFLOP/s (one run of 40 steps, commit d6d6232, with
+          --config.data.source=stdlib --config.data.tokenizer=byte; Hugging Face compiled: 73,200, another day's run);
+          one row decodes at 753 tokens/s in bf16 (one run)
 """
 
 from configs import deepseek_v2_lite
