@@ -11,6 +11,7 @@ import os
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # the peer needs memory too
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +96,11 @@ def cudnn_attention(batch, heads, length):
 
 
 def tokamax_attention(q, k, v, do):
-  """The same of tokamax's Pallas kernels, or nothing where tokamax is not installed."""
+  """The same of tokamax's Pallas kernels, or nothing, with a word why, where tokamax cannot be imported."""
   try:
     import tokamax
-  except ImportError:
+  except ImportError as error:
+    print(f'tokamax is not timed: {error}', file=sys.stderr)
     return {}
   forward = jax.jit(functools.partial(tokamax.dot_product_attention, scale=WIDTH**-0.5, is_causal=True,
                                       implementation='mosaic'))
@@ -112,7 +114,6 @@ def mla_decode(peer: bool, only: str):
   """One layer's absorbed attention over bfloat16 pages in random order; the plan is made before, as for a model's
   layers. On a GPU ms is what its kernels take by the GPU's own clock, wall_ms what calls take that are queued back to
   back, at the power limit and with what the host takes."""
-  del peer  # FlashMLA installs on no machine of ours; anchors are in the README
   for heads, batch, keys, tokens in DECODE_SHAPES[timing.on_gpu()]:
     shape = f'H{heads} B{batch} S{keys} T{tokens}'
     if only not in shape:
@@ -131,7 +132,7 @@ def mla_decode(peer: bool, only: str):
     some = slice(0, 4)
     expected = latent_decode(q[some], pages, tables[0, some], lengths[some], scale=WIDTH**-0.5, value_width=LATENT,
                              implementation='reference')
-    error = timing.relative_error(call(*sets[0])[0][some], expected[0])
+    error = timing.relative_error(call(*sets[0])[some], expected)
     wall = timing.median_seconds(call, *sets, launches=max(20, turns))
     fields = {}
     if timing.on_gpu():
@@ -141,7 +142,8 @@ def mla_decode(peer: bool, only: str):
     flops = 2 * batch * tokens * heads * keys * (2 * LATENT + ROPE)
     moved = cache_bytes + 2 * batch * tokens * heads * (2 * LATENT + ROPE)
     report('mla_decode', shape, chosen(decode_registry, q, pages, value_width=LATENT), {'ours': seconds}, flops,
-           tbytes=moved / seconds / 1e12, fraction_of_copy=moved / seconds / timing.copy_limit(), error=error, **fields)
+           tbytes=moved / seconds / 1e12, fraction_of_copy=moved / seconds / timing.copy_limit(), error=error,
+           **(dict(peer='FlashMLA is not to be had for jax') if peer else {}), **fields)
 
 
 def chosen(registry, *operands, **facts) -> str:
@@ -173,11 +175,13 @@ PEER = flags.DEFINE_bool('peer', False, "Time the op's peers too, in the same ru
 
 
 def main(_):
-  if PEER.value and not timing.on_gpu():
-    raise SystemExit('--peer times torch on a GPU, and jax sees none here; leave it out')
+  if PEER.value and (reason := timing.no_torch()):
+    raise SystemExit(f'--peer times torch on a GPU, and {reason}; leave it out')
   for name, op in OPS.items():
     if OP.value in (None, name):
       op(PEER.value, ONLY.value)
+  if not timing.lines_printed():
+    raise SystemExit(f'--only={ONLY.value!r} is in no shape of {OP.value or "any op"}; without it all are timed')
 
 
 if __name__ == '__main__':

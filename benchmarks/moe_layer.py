@@ -14,7 +14,7 @@ that were not taken. Then a line each for forward alone and for forward and back
   matmuls_over_whole = time of the grouped matmuls / time of the whole layer,
 
 the part of the throughput its matmuls alone would allow; once with the matmuls as measured here and, on a GPU, once at
-the rates above (matmuls_at_rates_over_whole, the figure issue 4 asks to be 0.75). A layer is compiled as one program,
+the rates above (matmuls_at_rates_over_whole; our target is 0.75). A layer is compiled as one program,
 so that its stages alone may add up to more than the whole, or less.
 
 --trace writes a profile and prints the time of each kernel of the whole, forward and backward.

@@ -1,6 +1,7 @@
 """How long a function takes on the device that is there, and how fast that device can be."""
 
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -93,6 +94,17 @@ def relative_error(x, expected) -> float:
   return float(jnp.linalg.norm((x - expected).ravel()) / jnp.linalg.norm(expected.ravel()))
 
 
+def no_torch() -> str | None:
+  """Why torch cannot be timed here, in one clause, or None."""
+  if not on_gpu():
+    return 'jax sees none here'
+  try:
+    import torch
+  except ImportError:
+    return 'torch is not installed'
+  return None if torch.cuda.is_available() else 'torch sees none'
+
+
 def on_gpu() -> bool:
   return jax.default_backend() == 'gpu'
 
@@ -124,6 +136,14 @@ def copy_limit() -> float:
   return 2 * x.nbytes / median_seconds(step, ())
 
 
+_lines = itertools.count()
+
+
+def lines_printed() -> bool:
+  return next(_lines) > 0
+
+
 def print_line(**fields):
   """One JSON object on a line, numbers to four digits."""
+  next(_lines)
   print(json.dumps({name: float(f'{x:.4g}') if isinstance(x, float) else x for name, x in fields.items()}), flush=True)

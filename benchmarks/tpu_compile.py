@@ -97,7 +97,7 @@ def attention(name, batch, length, heads, segments, width=192, value_width=128):
 
 
 def matmul(name, groups, rows, k, n, fp8=False):
-  """Forward and both gradients, or the scaled FP8 forward."""
+  """Forward and both gradients, or the scaled FP8 forward and gradient to rhs."""
   lhs, rhs, dy, sizes = ((rows, k), BF16), ((groups, k, n), BF16), ((rows, n), BF16), ((groups,), I32)
   flop, gbyte = 2 * rows * k * n, 2 * (rows * (k + n) + groups * k * n) / 1e9
 

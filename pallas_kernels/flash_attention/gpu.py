@@ -91,7 +91,8 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
     slot = functools.partial(mosaic_gpu.slot, stages=STAGES)
 
     def softmax(scores, maximum, total):
-      """(exp2(scores - new maximum), that maximum, total, by what earlier results shrink), all in powers of two."""
+      """(exp2(scores - new reference), that reference, total, by what earlier results shrink), all in powers of two.
+      The reference is the maximum so far, or up to LAZY below it."""
       top = scores.max(axis=1) * exponent
       new = jnp.where(top > maximum + LAZY, top, maximum)
       shrink = jnp.exp2(maximum - new)

@@ -29,8 +29,7 @@ NEVER = 1 << 30
 @dataclasses.dataclass(frozen=True)
 class Tiling:
   """rows, columns: of a program's tile; depth: of the contraction, a slot; slots: of the ring; buffers: of 64x128 bytes
-  for each warpgroup, through which results leave. cluster: programs that share loads. late: whether results that are
-  rounded to 16 bits are written during the next tile."""
+  for each warpgroup, through which results leave. cluster: programs that share loads."""
 
   rows: int = 128
   columns: int = 256
@@ -38,7 +37,6 @@ class Tiling:
   slots: int = 4
   buffers: int = 2
   cluster: int = 1
-  late: bool = True
 
   @property
   def own_rows(self):
@@ -129,7 +127,7 @@ class _Program:
     self.pieces = pieces  # (row, column) of the 64 x `width` parts of a warpgroup's tile, in which results leave
     self.refs, self.out = refs, out
     *self.slots, self.buffers, self.ready, self.free, self.cleared = scratch
-    self.late = tiling.late and dtype.itemsize == 2  # a float32 result and the next tile's sums do not both fit
+    self.late = dtype.itemsize == 2  # a float32 result and the next tile's sums do not both fit
     self.warpgroup, self.program = lax.axis_index('warpgroup'), lax.axis_index('program')
     self.rank = lax.axis_index('rank') if tiling.cluster > 1 else jnp.int32(0)
 

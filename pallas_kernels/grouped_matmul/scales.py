@@ -18,6 +18,8 @@ def quantise_tiles(x_MK, powers_of_two=False):
 
   x is about element * scale: within 2^-4 of |x|, or scale * 2^-10 where that is more. The last tile may be cut.
   powers_of_two: round the scales up to powers of two (V3 report, section 3.3.2): multiplying with them loses nothing.
+  Elements that become float32 again in the same program need `jax.lax.optimization_barrier` first: on a GPU XLA takes
+  the two conversions for none. Raises ValueError unless x has two axes.
   """
   return _quantise(x_MK, (1, BLOCK), powers_of_two)
 
@@ -25,7 +27,7 @@ def quantise_tiles(x_MK, powers_of_two=False):
 def quantise_blocks(w_GKN, powers_of_two=False):
   """(float8_e4m3fn [G, K, N], float32 scales [G, ceil(K/128), ceil(N/128)]) of weights, a scale for each 128x128.
 
-  Errors and `powers_of_two` as for `quantise_tiles`. Blocks at the end of an axis may be cut.
+  Precision, `powers_of_two` and errors as for `quantise_tiles`, of three axes. Blocks at the end of an axis may be cut.
   """
   return _quantise(w_GKN, (1, BLOCK, BLOCK), powers_of_two)
 
@@ -69,6 +71,8 @@ def padded_sizes(group_sizes_G):
 
 
 def _quantise(x, blocks, powers_of_two):
+  if x.ndim != len(blocks):
+    raise ValueError(f'to quantise in blocks of {blocks} x must have {len(blocks)} axes, and it is {list(x.shape)}')
   split = []
   for size, block in zip(x.shape, blocks, strict=True):
     split += [-(-size // block), block]
@@ -78,8 +82,7 @@ def _quantise(x, blocks, powers_of_two):
   values = whole.reshape(split).astype(jnp.float32)
   inside = tuple(range(1, len(split), 2))
   scales = scale_of(jnp.abs(values).max(inside, keepdims=True), powers_of_two)
-  # The barrier: where such numbers become float32 again, XLA takes the two conversions for none.
-  q = jax.lax.optimization_barrier((values / scales).astype(FP8)).reshape(whole.shape)
+  q = (values / scales).astype(FP8).reshape(whole.shape)
   return q[tuple(slice(n) for n in x.shape)], scales.squeeze(inside)
 
 

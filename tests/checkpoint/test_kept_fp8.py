@@ -95,7 +95,11 @@ def test_in_float32(fp8_folder):
   check_bits(fp8_folder, 'float32')
 
 
-@pytest.mark.parametrize('options', [{}, dict(attention='expanded'), dict(speculative='off')])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize('options', [{}, pytest.param(dict(attention='expanded'), marks=LONG),
+                                     pytest.param(dict(speculative='off'), marks=LONG)])
 def test_it_decodes_the_same(fp8_folder, options):
   """Drafting with the MTP module, from the latents and expanded; one row has fewer rows than there are experts."""
   prompts = [[1, 2, 3], [4]]
@@ -107,6 +111,7 @@ def test_it_decodes_the_same(fp8_folder, options):
   assert len(one.stats.acceptance_rate) == (options.get('speculative') != 'off')
 
 
+@LONG
 def test_it_drafts_with_several_modules(tmp_path):
   source = write(tmp_path / 'hf', dataclasses.replace(FAMILIES['v3'], num_hidden_layers=1, first_k_dense_replace=0))
   models = [LanguageModel.load(source, fp8=fp8) for fp8 in ('dequantise', 'keep')]
@@ -129,7 +134,7 @@ def test_only_experts_that_have_rows_leave_fp8(tmp_path, sizes):
   assert_same_bits(few[:len(there)], out_of_fp8({'w': w})['w'][there])
 
 
-@pytest.mark.parametrize('rows', [1, 12])
+@pytest.mark.parametrize('rows', [1, pytest.param(12, marks=LONG)])
 def test_memory(tmp_path, rows):
   """Weights take half. While decoding, one layer of them at a time is out of FP8 (with 12 rows all its experts, with
   one row a few), and what is the same in every round, so that XLA does it once: the only dense layer, and the MTP

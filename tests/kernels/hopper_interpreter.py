@@ -1,5 +1,5 @@
-"""Pallas' interpreter of GPU kernels, taught the three things our Hopper kernels use and it lacks (jax 0.11.2): storing
-into a wgmma accumulator, wgmma with its left operand in registers, and our zero from inline assembly."""
+"""Pallas' interpreter of GPU kernels, taught the four things our Hopper kernels use and it lacks (jax 0.11.2): storing
+into a wgmma accumulator, wgmma with its left operand in registers, and from inline assembly our zero and our vote."""
 
 import contextlib
 import functools
@@ -74,9 +74,11 @@ def interpreter(monkeypatch):
                                    mesh_location=self.mesh_location, thread=self.thread)
       return super()._interpret_barrier_arrive_p(eqn, token, get_invals)
 
-    def _interpret_inline_mgpu_p(self, eqn, token, _):
-      assert eqn.params['mgpu_fn'].__name__ == 'opaque', eqn
-      return token, [jnp.int32(0)]
+    def _interpret_inline_mgpu_p(self, eqn, token, get_invals):
+      name = eqn.params['mgpu_fn'].__name__
+      assert name in ('opaque', 'vote'), eqn
+      # A vote of the warpgroup's rows and not of a warp's: what depends on it may be done for more rows than must.
+      return token, [jnp.any(get_invals()[0] > 0).astype(jnp.int32) if name == 'vote' else jnp.int32(0)]
 
   class Either:
 

@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels import dispatch, flash_attention, grouped_matmul, mla_decode, swiglu_gradients
+from pallas_kernels import (
+  dispatch,
+  flash_attention,
+  grouped_matmul,
+  grouped_matmul_fp8,
+  mla_decode,
+  swiglu_gradients,
+)
 
-OPS = (flash_attention, grouped_matmul, mla_decode, swiglu_gradients)
+OPS = (flash_attention, grouped_matmul, grouped_matmul_fp8, mla_decode, swiglu_gradients)
 
 
 def absent(platform):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_jax.checkpoint import block_fp8
-from pallas_kernels import quantise_blocks, quantise_rows, quantise_tiles
+from pallas_kernels import grouped_matmul_fp8, quantise_blocks, quantise_rows, quantise_tiles
 from pallas_kernels.grouped_matmul import scales as scales_module
 
 FP8 = ml_dtypes.float8_e4m3fn
@@ -102,14 +102,27 @@ def test_extremes(powers_of_two):
   assert (np.asarray(scales[5]) == 1).all()
 
 
-def test_rows_are_quantised_before_they_are_gathered():
+def test_gathered_rows_are_those_quantised_after_gathering():
   x_BK = spread(np.random.default_rng(2), (5, 200), 'float32')
   rows_M = np.array([4, 0, 0, 3, 1, 4, 4], np.int32)
   for actual, expected in zip(quantise_rows(x_BK, rows_M), quantise_tiles(x_BK[rows_M]), strict=True):
     np.testing.assert_array_equal(actual, expected)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+def test_the_reference_multiplies_rounded_numbers():
+  # On a GPU XLA takes float32 -> FP8 -> float32 for nothing unless a barrier stands between.
+  lowered = jax.jit(lambda *x: grouped_matmul_fp8(*x, implementation='reference')).lower(
+    jnp.ones((4, 128)), jnp.ones((2, 128, 128)), jnp.array([1, 3])).as_text()
+  assert 'optimization_barrier' in lowered
+
+
+@pytest.mark.parametrize(('quantise', 'shape'), [(quantise_tiles, (3,)), (quantise_blocks, (128, 128))])
+def test_shapes_that_cannot_be_quantised(quantise, shape):
+  with pytest.raises(ValueError, match=r'to quantise in blocks of .* x must have \d axes, and it is'):
+    quantise(jnp.ones(shape))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)  # each compiles anew
 @given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=6), rest=st.integers(0, 140), gathered=st.booleans())
 def test_tokens_of_groups_share_no_tile(sizes, rest, gathered):
   rng, m = np.random.default_rng(3), max(sum(sizes) + rest, 1)

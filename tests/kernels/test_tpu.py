@@ -77,7 +77,16 @@ def test_a_contraction_beyond_vmem_is_refused():
     jax.eval_shape(lambda *x: grouped_matmul(*x, implementation='tpu'), *operands)
 
 
-@pytest.mark.parametrize(('op', 'case'), [(op, case) for op in OPS for case in testing.CASES[op]], ids=str)
+def simulations():
+  for op in OPS:
+    for case in testing.CASES[op]:
+      # From ten seconds on, simulated; what they are for are other chips, or larger copies of what the others cover.
+      slow = ('GPU' in case.name or 'one tile' in case.name or (op == 'flash_attention' and 'wide' in case.name)
+              or (op == 'grouped_matmul_fp8' and case.name != 'rows by an order'))
+      yield pytest.param(op, case, id=f'{op}-{case}', marks=[pytest.mark.long] if slow else [])
+
+
+@pytest.mark.parametrize(('op', 'case'), simulations())
 @pytest.mark.usefixtures('simulated')
 def test_matches_reference(op, case):
   testing.check(OPS[op], 'tpu', case)
