@@ -86,7 +86,7 @@ def simulations():
       yield pytest.param(op, case, id=f'{op}-{case}', marks=[pytest.mark.long] if slow else [])
 
 
-@pytest.mark.parametrize(('op', 'case'), simulations())
+@pytest.mark.parametrize(('op', 'case'), list(simulations()))
 @pytest.mark.usefixtures('simulated')
 def test_matches_reference(op, case):
   testing.check(OPS[op], 'tpu', case)
