@@ -146,4 +146,5 @@ def test_the_model_uses_the_kernels_on_a_mesh(caplog):
     lowered.compile()
   # Attention: forward and gradients; experts: two products, four gradients.
   assert lowered.as_text().count('@tpu_custom_call') >= 2 + 6 - 1
-  assert ' xla on ' not in caplog.text
+  portable = [line for line in caplog.text.splitlines() if ' xla on ' in line]
+  assert all('swiglu_gradients: ' in line for line in portable), portable  # the one without a TPU kernel
