@@ -42,6 +42,8 @@ FAMILIES = {
                          max_position_embeddings=96),
 }
 
+LONG = pytest.mark.long
+
 
 def write(folder, config: ModelConfig, scale_format='float32'):
   params, buffers = random_model(config)
@@ -93,9 +95,6 @@ def test_it_holds_and_computes_the_same_bits(folder):
 
 def test_in_float32(fp8_folder):
   check_bits(fp8_folder, 'float32')
-
-
-LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize('options', [{}, pytest.param(dict(attention='expanded'), marks=LONG),
@@ -211,6 +210,7 @@ def test_scales_are_written_as_they_were(tmp_path, block, scale_dtype):
   assert written['quantization_config'] == values['quantization_config']
 
 
+@LONG
 def test_eight_devices():
   """Split like the arrays they stand for, scales with their experts; forward pass and saving from there."""
   environment = os.environ | dict(
