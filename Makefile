@@ -33,7 +33,7 @@ aot-tpu: .venv-tpu/ready
 aot-hopper: .venv-hopper/ready
 	.venv-hopper/bin/python -m pytest -m long -rsP tests/kernels/test_hopper_compile.py
 	.venv-hopper/bin/python -m pytest -m "long or not long" -rs tests/kernels/test_flash_attention_gpu.py \
-	  tests/kernels/test_grouped_matmul_gpu.py tests/kernels/test_swiglu.py
+	  tests/kernels/test_mla_decode_gpu.py tests/kernels/test_grouped_matmul_gpu.py tests/kernels/test_swiglu.py
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

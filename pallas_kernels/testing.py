@@ -42,7 +42,8 @@ def check(op, implementation, case, seed=0):
   reference = _outputs(op, 'reference', options, ())
   cotangents = jax.tree.map(lambda x: _normal(rng, x.shape, x.dtype.name), jax.eval_shape(reference, arrays))
   with jax.default_matmul_precision('highest'):
-    actual, expected = (_outputs(op, name, options, case.gradients)(arrays, cotangents)
+    # Waited for: a simulated kernel needs the dispatching that the reference would fill.
+    actual, expected = (jax.block_until_ready(_outputs(op, name, options, case.gradients)(arrays, cotangents))
                         for name in (implementation, 'reference'))
   for name in expected:
     assert_close(f'{case}: {name}', actual[name], expected[name], case.tolerance)
@@ -212,6 +213,10 @@ CASES = {
     # Widths a GPU kernel takes, a request long enough to be split, more rows than a tile and fewer than two.
     mla_decode_case('bfloat16, tiles of a GPU', (700, 0, 40), t=5, max_pages=12, page=64, heads=16, c=128, r=64,
                     dtype='bfloat16', scale=-0.05),
+    mla_decode_case('bfloat16, one tile of a GPU, small pages', (130, 64, 1, 0), t=1, max_pages=9, heads=16, c=128, r=64,
+                    dtype='bfloat16'),
+    mla_decode_case('bfloat16, three tiles of a GPU, large pages', (200, 3), t=3, max_pages=2, page=128, heads=48, c=128,
+                    r=64, dtype='bfloat16'),
     mla_decode_case('bfloat16 cache, float32 queries', (3, 40), t=2, max_pages=3, cache_dtype='bfloat16'),
   ),
 }

@@ -9,9 +9,7 @@ jit, of an array stored as [G, N, K]; XLA then copies nothing. For the gradient 
 group's rows completed to whole chunks of 128, so nothing needs clearing.
 """
 
-import dataclasses
 import functools
-import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -125,8 +123,6 @@ def _panels(number, tall, wide, height):
 def _rows_job(tiling, c, n, dtype, fp8, transposed) -> Job:
   steps, wide, own = c // tiling.depth, pl.cdiv(n, tiling.columns), tiling.own_rows
   pair = tiling.cluster == 2
-  # Of a tile's columns, each in one block of 128.
-  parts = tiling.columns // math.gcd(tiling.columns, scales.BLOCK)
 
   def tall(refs):
     return lax.div(refs[2][0, 0] + (tiling.cluster - 1), _I32(tiling.cluster))
@@ -202,21 +198,17 @@ def _rows_job(tiling, c, n, dtype, fp8, transposed) -> Job:
   def row_scales(slot, warpgroup):
     return _vector(slot[2], warpgroup * own, own, mosaic_gpu.ROW), None
 
-  def block_scales(refs, tile, k):
-    width = tiling.columns // parts
-    last = refs[4].shape[2] - 1
-    return tuple(refs[4][tile['group'], k, lax.min(lax.div(tile['column'] + i * width, _I32(scales.BLOCK)), _I32(last))]
-                 for i in range(parts))
+  def block_scale(refs, tile, k):  # a tile's columns are those of one block
+    return refs[4][tile['group'], k, lax.div(tile['column'], _I32(scales.BLOCK))]
 
   weights = (tiling.columns, tiling.depth) if transposed else (tiling.depth, tiling.columns)
   swizzle = 128 // dtype.itemsize
   slots = ((tiling.rows, tiling.depth), dtype, swizzle), (weights, dtype, swizzle)
   if fp8:
     slots += ((tiling.rows,), jnp.float32, None),
-  job = Job(slots, 2 + fp8, lambda refs: tall(refs) * wide, locate, load, factors, keep, write, write_part, live=live)
-  if not fp8:
-    return job
-  return dataclasses.replace(job, scales=row_scales, more_scales=block_scales, parts=parts)
+  scaling = {'scales': row_scales, 'scale': block_scale} if fp8 else {}
+  return Job(slots, 2 + fp8, lambda refs: tall(refs) * wide, locate, load, factors, keep, write, write_part, live=live,
+             **scaling)
 
 
 def _vector(array, start, size, layout):

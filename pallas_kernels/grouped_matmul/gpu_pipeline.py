@@ -60,8 +60,7 @@ class Job:
   clear(refs, tile, k, slot, warpgroup, cleared): sets to zero what does not belong to the tile. None: nothing.
   scales(slot, warpgroup): for FP8, what multiplies a step's product before it is added: a number a row, and a number a
     column or None. None: ones.
-  more_scales(refs, tile, k): numbers in GMEM that multiply step k's product too, one for each of `parts` equal parts of
-    the columns; read a step ahead. None: ones.
+  scale(refs, tile, k): a number in GMEM that multiplies step k's product too; read a step ahead. None: one.
   """
 
   slots: tuple[Any, ...]  # (shape, dtype, columns of a swizzle tile or None) of the arrays of a slot
@@ -76,8 +75,7 @@ class Job:
   live: Any = None
   clear: Any = None
   scales: Any = None
-  more_scales: Any = None
-  parts: int = 1
+  scale: Any = None
 
 
 def run(job: Job, tiling: Tiling, operands, shape, dtype, *, name):
@@ -202,7 +200,7 @@ class _Program:
       return (), slot
     for j in range(len(self.pieces)):
       pl.when((j >= steps) & (previous[1]['from_step'] == 0))(lambda j=j: self.write(j, *previous))
-    result = tuple(part.astype(self.dtype) for part in sums)
+    result = sums.astype(self.dtype)
     self.write_rest(result, tile)
     return result, slot
 
@@ -219,7 +217,7 @@ class _Program:
         return self.after(slot)
 
       end = lax.fori_loop(0, tile['steps'], step, slot)
-      result = sums[...],
+      result = sums[...]
       plgpu.barrier_arrive(self.free.at[self.before(end)], predicate=tile['steps'] > 0)
       return result, end
 
@@ -229,13 +227,13 @@ class _Program:
     """Each step's product is scaled and added in float32: FP8 is summed in fewer bits (DeepSeek-V3, 3.3.2)."""
     shape, steps = (self.tiling.own_rows, self.tiling.columns), tile['steps']
 
-    def more(k):
-      return self.job.more_scales(self.refs, tile, k) if self.job.more_scales else ()
+    def scale(k):
+      return self.job.scale(self.refs, tile, k) if self.job.scale else ()
 
     def step(k, carry):
-      slot, more_here, sums = carry
+      slot, scale_here, sums = carry
       # A load takes longer than the product of a step.
-      more_ahead = more(lax.min(k + 1, steps - 1))
+      scale_ahead = scale(lax.min(k + 1, steps - 1))
       plgpu.barrier_wait(self.ready.at[slot])
       scale_M, scale_N = self.job.scales(self.slot(slot), self.warpgroup)
 
@@ -248,13 +246,11 @@ class _Program:
       plgpu.barrier_arrive(self.free.at[slot])
       if scale_N is not None:
         product = product * lax.broadcast_in_dim(scale_N, shape, [1])
-      width = shape[1] // len(sums)
-      scales_M = [scale_M * scale for scale in more_here] or [scale_M]
-      sums = tuple(total + product[:, i * width:(i + 1) * width] * lax.broadcast_in_dim(scale, total.shape, [0])
-                   for i, (total, scale) in enumerate(zip(sums, scales_M, strict=True)))
-      return self.after(slot), more_ahead, sums
+      if self.job.scale:
+        scale_M = scale_M * scale_here
+      return self.after(slot), scale_ahead, sums + product * lax.broadcast_in_dim(scale_M, shape, [0])
 
-    slot, _, sums = lax.fori_loop(0, steps, step, (slot, more(0), self.zeros(jnp.float32)))
+    slot, _, sums = lax.fori_loop(0, steps, step, (slot, scale(0), self.zeros(jnp.float32)))
     return sums, slot
 
   def skip(self, tile, slot, previous):
@@ -273,9 +269,8 @@ class _Program:
     return self.zeros(self.dtype), slot
 
   def zeros(self, dtype):
-    """A result: one array for each part of the columns."""
-    shape = self.tiling.own_rows, self.tiling.columns // self.job.parts
-    return (plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA),) * self.job.parts
+    shape = self.tiling.own_rows, self.tiling.columns
+    return plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
 
   def write_late(self, k, previous):
     if self.late:
@@ -303,8 +298,7 @@ class _Program:
 
   def write(self, j, result, where, *ways):
     row, column = self.pieces[j]
-    part, start = divmod(column, self.tiling.columns // self.job.parts)
-    piece = result[part][row:row + 64, start:start + self.width].astype(self.dtype)
+    piece = result[row:row + 64, column:column + self.width].astype(self.dtype)
     buffers = [view.at[self.warpgroup, j % self.tiling.buffers] for view in self.buffers]
     plgpu.wait_smem_to_gmem(self.tiling.buffers - 1, wait_read_only=True)
     for way in ways or [self.job.write]:

@@ -1,5 +1,7 @@
-"""Pallas' interpreter of GPU kernels, taught the four things our Hopper kernels use and it lacks (jax 0.11.2): storing
-into a wgmma accumulator, wgmma with its left operand in registers, and from inline assembly our zero and our vote."""
+"""Pallas' interpreter of GPU kernels, taught what our Hopper kernels use and it lacks (jax 0.11.2): storing into a wgmma
+accumulator, `pl.run_state` over accumulators, wgmma with its left operand in registers, and from inline assembly our
+zero and our vote. It runs the programs of a grid one after the other, so a program that waits for another by a semaphore
+raises."""
 
 import contextlib
 import functools
@@ -21,10 +23,11 @@ def interpreter(monkeypatch):
   Yields a function that says whether a race was found.
   """
   from jax._src import callback
+  from jax._src.pallas import primitives as pallas_primitives
   from jax._src.pallas.mosaic_gpu import primitives
   from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call, jaxpr_interpret, shared_memory
+  from jax._src.state import discharge, types
   from jax._src.state import primitives as state
-  from jax._src.state import types
 
   def store(token, mesh_location, thread, key, value, source_info):
     """Into an accumulator: registers, so nothing that could race."""
@@ -75,15 +78,54 @@ def interpreter(monkeypatch):
       return super()._interpret_barrier_arrive_p(eqn, token, get_invals)
 
     def _interpret_inline_mgpu_p(self, eqn, token, get_invals):
+      if eqn.primitive is discharge.run_state_p:
+        return self._run_state(eqn, token, get_invals())
+      if eqn.primitive is pallas_primitives.get_global_p:
+        return token, jnp.int32(0)  # nobody asks for the semaphores
+      if eqn.primitive in semaphores:
+        token = callback.io_callback(no_semaphores, gpu_callbacks.TOKEN_SHAPE_DTYPE, token)
+        return token, []
       name = eqn.params['mgpu_fn'].__name__
       assert name in ('opaque', 'vote'), eqn
       # A vote of the warpgroup's rows and not of a warp's: what depends on it may be done for more rows than must.
       return token, [jnp.any(get_invals()[0] > 0).astype(jnp.int32) if name == 'vote' else jnp.int32(0)]
 
-  class Either:
+    def _run_state(self, eqn, token, invals):
+      """Values become registers and come back when all products are done; references go in as they are."""
+      here = {'mesh_location': self.mesh_location, 'thread': self.thread}
+      values = [not isinstance(v.aval, types.AbstractRef) for v in eqn.invars]
+      keys = list(invals)
+      for i, value in enumerate(invals):
+        if values[i]:
+          token, request = gpu_callbacks.call_make_allocation_request_array(
+            token=token, compute_unit=self.thread, initial_ref_count=1,
+            memory_space_id=shared_memory.get_memory_space_idx(mosaic_gpu.plgpu.MemorySpace.REGS))
+          token, keys[i] = gpu_callbacks.call_allocate_buffer(
+            token=token, **here, allocation_request_as_array=request, value=value, source_info=eqn.source_info)
+      token, _ = self.interpret(eqn.params['jaxpr'], token, *keys)
+      read = functools.partial(gpu_callbacks.wgmma_accumulator_deref, source_info=eqn.source_info)
+      for i, v in enumerate(eqn.outvars):
+        if values[i]:
+          key = keys[i]
+          token, keys[i] = callback.io_callback(
+            read, (gpu_callbacks.TOKEN_SHAPE_DTYPE, jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)), token=token,
+            **here, acc_allocation_key_as_array=key, wait_n=None)
+          token = gpu_callbacks.call_deallocate_buffer(
+            token=token, **here, allocation_key_as_array=key, source_info=eqn.source_info)
+      return token, keys
+
+  semaphores = pallas_primitives.semaphore_signal_p, pallas_primitives.semaphore_wait_p
+
+  def no_semaphores(_):
+    raise NotImplementedError('programs run one after the other here and this one waits for another')
+
+  class Any:
+
+    def __init__(self, *primitives):
+      self.primitives = primitives
 
     def __eq__(self, primitive):
-      return primitive in (state.swap_p, primitives.wgmma_accumulator_store_p)
+      return primitive in self.primitives
 
   def deallocate(barrier, original=shared_memory.Barrier.deallocate):
     """Without asking whether all was waited for: buffers are released after the last load too, to nobody."""
@@ -92,8 +134,11 @@ def interpreter(monkeypatch):
         barrier.last_observed_phase_by_thread.clear()
       original(barrier)
 
-  either = SimpleNamespace(**{**vars(state), 'swap_p': Either()})
-  monkeypatch.setattr(jaxpr_interpret, 'state_primitives', either)
+  stores = Any(state.swap_p, primitives.wgmma_accumulator_store_p)
+  others = Any(primitives.inline_mgpu_p, discharge.run_state_p, pallas_primitives.get_global_p, *semaphores)
+  for name, module, taught in (('state_primitives', state, {'swap_p': stores}),
+                               ('gpu_primitives', primitives, {'inline_mgpu_p': others})):
+    monkeypatch.setattr(jaxpr_interpret, name, SimpleNamespace(**{**vars(module), **taught}))
   monkeypatch.setattr(jaxpr_interpret, 'JaxprInterpreter', Interpreter)
   monkeypatch.setattr(shared_memory.Barrier, 'deallocate', deallocate)
   monkeypatch.setattr(mosaic_gpu, 'multiprocessors', lambda *_: MULTIPROCESSORS)
