@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mla_jax.checkpoint import hugging_face, store
+from mla_jax.checkpoint.agreement import weight_dtype
 from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.decoding.engine import Decoder, Run, Stats
@@ -43,10 +44,11 @@ class Completions(list):
 class LanguageModel:
 
   def __init__(self, config: ModelConfig, params, buffers, tokenizer: Tokenizer | None = None, dtype=None):
-    """`dtype` None: that of the embedding in `params`."""
+    """`dtype` None: that of the embedding in `params`. Raises ConfigError where weights can't have it."""
     self.config, self.tokenizer = config, tokenizer
     self.tokenizer_folder: Path | None = None  # where the tokenizer came from, with all its files
-    self.decoder = Decoder(config, params, buffers, params['embedding_WD'].dtype if dtype is None else dtype)
+    dtype = weight_dtype(params['embedding_WD'].dtype if dtype is None else dtype)
+    self.decoder = Decoder(config, params, buffers, dtype)
     self._logits = jax.jit(self._compute_logits)
     self._mtp_logits = jax.jit(self._compute_mtp_logits)
 
@@ -56,8 +58,7 @@ class LanguageModel:
     config.json. `dtype` None: as stored; 'float32' computes at highest precision. `fp8`: 'keep' leaves FP8 weights of a
     Hugging Face directory so in memory, and computes the same with them. A missing tokenizer is no error until text is
     asked for. Raises ConfigError, one line."""
-    path = Path(path).expanduser()
-    dtype = None if dtype is None else jnp.dtype(dtype)
+    path, dtype = Path(path).expanduser(), weight_dtype(dtype)
     try:
       stored = json.loads((path / 'config.json').read_text())
     except (OSError, ValueError) as error:
@@ -166,6 +167,11 @@ class LanguageModel:
   def _encode(self, i: int, prompt: str) -> list[int]:
     if not prompt:
       raise ConfigError(f'prompt {i} is empty; give some text')
+    try:
+      prompt.encode()
+    except UnicodeEncodeError as error:
+      raise ConfigError(f'prompt {i} is no valid text (character {error.start} is half a surrogate pair); '
+                        'give UTF-8') from None
     bos = self.tokenizer.bos_id
     return ([] if bos is None else [bos]) + self.tokenizer.encode(prompt)
 

@@ -54,6 +54,7 @@ WRONG = {
     'missing file': (['--workdir=RUN', '--prompts_file=RUN/none'], "none can't be read"),
     'bad json': (['--workdir=RUN', '--prompts_file=RUN/bad.jsonl'], r'bad\.jsonl line 2 is no JSON'),
     'bad line': (['--workdir=RUN', '--prompts_file=RUN/odd.jsonl'], 'line 1 has neither "prompt"'),
+    'no text': (['--workdir=RUN', '--prompts_file=RUN/half.jsonl'], r'prompt 0 is no valid text \(character 1 is half'),
     'no tokenizer': (['--hf=GOLDEN', '--prompt=a'], r'no tokenizer\.json'),
     'fp8': (['--hf=GOLDEN', '--prompt=a', '--fp8=some'], 'fp8=some.*dequantise.keep'),
     'fp8 of a run': (['--workdir=RUN', '--prompt=a', '--fp8=keep'], 'fp8=keep is for Hugging Face directories'),
@@ -89,6 +90,7 @@ def results(lm, expected, tmp_path_factory):
   (run / 'two.jsonl').write_text('{"prompt": "ab"}\n\n{"tokens": [256, 97, 98]}\n')
   (run / 'bad.jsonl').write_text('{"prompt": "ab"}\n{"prompt": \n')
   (run / 'odd.jsonl').write_text('{"promt": "ab"}\n')
+  (run / 'half.jsonl').write_text(r'{"prompt": "a\ud800"}')
   (run / 'ids.jsonl').write_text('{"tokens": [999]}\n')
   names = {'RUN': str(run), 'GOLDEN': str(GOLDEN / 'v3_plain'), 'STOP': expected.text[4:7]}
   lines = RIGHT | {name: arguments for name, (arguments, _) in WRONG.items()}

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 import mla_jax
-from mla_jax.checkpoint import store
+from mla_jax.checkpoint import hugging_face, store
 from mla_jax.config import Config, ConfigError, to_dict
 from mla_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from mla_jax.language_model import Text
@@ -154,6 +154,20 @@ def test_what_cannot_be_loaded_or_done_is_one_clear_line(lm, tmp_path):
     lm.generate(['a', ''])
   with pytest.raises(ConfigError, match='stop'):
     lm.generate('a', stop=[''])
+  for call in (lm.generate, lm.stream):
+    with pytest.raises(ConfigError, match=r'prompt 0 is no valid text \(character 1 is half a surrogate pair\)'):
+      call('a\udcffb')
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'float64', np.bool_, 'foo', 3])
+def test_weights_have_no_other_dtype(lm, tmp_path, dtype):
+  for call in (lambda: lm.save_hf(tmp_path / 'out', dtype=dtype),
+               lambda: mla_jax.LanguageModel.load(GOLDEN / 'v3_plain', dtype),
+               lambda: hugging_face.load(GOLDEN / 'v3_plain', dtype),
+               lambda: mla_jax.LanguageModel(lm.config, lm.decoder.params, lm.decoder.buffers, dtype=dtype)):
+    with pytest.raises(ConfigError, match="is none that weights can have; use one of 'bfloat16', 'float16', 'float32'"):
+      call()
+  assert not list(tmp_path.iterdir())
 
 
 def read(text: Text, ids) -> list[str]:

@@ -1,5 +1,6 @@
 """Whether the tensors of a directory are those that its config.json says, before and beside loading them."""
 
+import contextlib
 import logging
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 from mla_jax.checkpoint import block_fp8, published
 from mla_jax.checkpoint.published import SCALE
 from mla_jax.checkpoint.published_config import fp8_block
-from mla_jax.checkpoint.tensor_files import HFError, Reader, Stored, whole
-from mla_jax.config import ModelConfig
+from mla_jax.checkpoint.tensor_files import DTYPES, NAMES, HFError, Reader, Stored, whole
+from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.model.rope import inverse_frequencies
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,18 @@ def check(directory, values: dict, stored: dict[str, Stored], expected: dict, re
       raise HFError(f'{scale.file}: {name + SCALE} is {scale.dtype} {list(scale.shape)}, not F32 or F8_E8M0 '
                     f'{list(block_fp8.scale_shape(expected[name], block))}, one a block of {list(block)}')
   return block
+
+
+def weight_dtype(dtype) -> np.dtype | None:
+  """A dtype that weights can have; None stays None. Raises ConfigError: what NumPy knows besides loses them."""
+  if dtype is None:
+    return None
+  with contextlib.suppress(TypeError, ValueError):  # no dtype at all
+    found = np.dtype(dtype)
+    if NAMES.get(found) in PLAIN:
+      return found
+  known = ', '.join(repr(np.dtype(DTYPES[name]).name) for name in PLAIN)
+  raise ConfigError(f'dtype={str(dtype)!r} is none that weights can have; use one of {known}')
 
 
 def check_kept(directory, stored: dict[str, Stored], expected: dict):

@@ -78,8 +78,8 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None,
          fp8: str = 'dequantise') -> tuple[ModelConfig, dict, dict]:
   """(config, params, buffers) of a directory, in the structure of `transformer.split`.
 
-  dtype: of the weights; None = as stored, FP8 becoming bfloat16. Where one is given, norms and routers become float32;
-  the routers' selection bias is float32 always.
+  dtype: of the weights, float32, bfloat16 or float16; None = as stored, FP8 becoming bfloat16. Where one is given,
+  norms and routers become float32; the routers' selection bias is float32 always.
   place: None for NumPy arrays; a Sharding for all of them; or a Mesh, over which they lie as `axes.TABLE` says. A
   process reads the bytes that its own devices need. on_host: see `placement.Target`.
   fp8: what becomes of weights in FP8. 'dequantise': arrays of `dtype`. 'keep': they are `model.fp8.FP8Weight`s, which
@@ -87,7 +87,7 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None,
 
   Raises HFError (ConfigError for values that no model can have), one line, where the directory lacks a file, a file is
   damaged, the model is of another kind, or a tensor is missing, extra, of another shape or of no readable dtype."""
-  directory = Path(directory)
+  directory, dtype = Path(directory), agreement.weight_dtype(dtype)
   if fp8 not in FP8_CHOICES:
     raise HFError(f'fp8={fp8!r} is unknown; use one of {", ".join(map(repr, FP8_CHOICES))}')
   values = read_json(directory / 'config.json')
@@ -110,8 +110,9 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None,
   layouts = {}
   if fp8 == 'keep':
     agreement.check_kept(directory, stored, expected)
-    if dtype is not None and np.dtype(dtype) == np.float16:  # rounding to its subnormals differs by platform
-      raise HFError('fp8=keep computes in bfloat16 or float32, not float16; choose one, or fp8=dequantise')
+    computes = kinds[('embedding_WD',)] if dtype is None else dtype
+    if computes == np.float16:  # rounding to its subnormals differs by platform
+      raise HFError('fp8=keep computes in bfloat16 or float32, not float16; give one as dtype, or fp8=dequantise')
     form = dict(scale_fmt=scale_format(values), scale_dtype=agreement.scale_dtype(stored))
     for name in filter(published.is_quantized, list(places)):
       places[name + SCALE] = published.scale_places(places[name])
@@ -164,7 +165,7 @@ def _kinds(shapes, places, stored, dtype) -> dict[tuple, np.dtype]:
     if path == (BIAS.ours,) or (dtype is not None and path[-1].startswith(FLOAT32_WEIGHTS)):
       out[path] = np.dtype(np.float32)
     elif dtype is not None:
-      out[path] = np.dtype(dtype)
+      out[path] = dtype
     else:
       out[path] = np.dtype(DTYPES[kinds.pop()] if len(kinds) == 1 else np.float32)
   return out
@@ -263,7 +264,7 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
   carried over. file_bytes: of tensors in a file, at most.
 
   Raises HFError, one line, where the directory holds something, or nobody else could read such a model."""
-  directory = Path(directory).expanduser().absolute()
+  directory, dtype = Path(directory).expanduser().absolute(), agreement.weight_dtype(dtype)
   if fp8 not in (None, *block_fp8.SCALE_FORMATS):
     raise HFError(f'fp8={fp8!r} is unknown; use one of {", ".join(map(repr, block_fp8.SCALE_FORMATS))}, or None')
   arrays = {path: array for tree in (params, buffers) for path, array in _flat(tree)}
@@ -274,7 +275,7 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
       raise HFError(f'{"/".join(path)} lies on devices of several processes; save from one that holds the whole model, '
                     'e.g. after restoring the checkpoint there')
-  kind = np.dtype(params['embedding_WD'].dtype if dtype is None else dtype)
+  kind = np.dtype(params['embedding_WD'].dtype) if dtype is None else dtype
   layout = next((weight.layout for weight in kept.values()), Layout('', '', '', ''))
   as_read = kept and (fp8 == layout.scale_fmt or fp8 is dtype is None)
   fp8 = layout.scale_fmt if as_read else fp8
@@ -297,7 +298,7 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
                      Entry(name + SCALE, np.dtype(DTYPES[scale_dtype]), block_fp8.scale_shape(shape, block))))
     else:
       plain = dtype is None or name.endswith(BIAS.published)
-      groups.append((Entry(name, held[name] if plain else np.dtype(dtype), shape),))
+      groups.append((Entry(name, held[name] if plain else dtype, shape),))
 
   def assemble(name, shape, dtype) -> np.ndarray:
     tensor = np.empty(shape, dtype)
