@@ -37,7 +37,8 @@ from absl import logging as absl_logging
 from flax import nnx
 
 from mla_jax.checkpoint import hugging_face
-from mla_jax.checkpoint.tensor_files import require_free
+from mla_jax.checkpoint.published_config import config_from_hf
+from mla_jax.checkpoint.tensor_files import read_json, require_free
 from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.model.attention import context
 from mla_jax.model.block import take
@@ -73,7 +74,7 @@ def plan(config: ModelConfig, rank: int, rope_width: int, fold: int = 0) -> Plan
                       f'an even divisor of {width}, or a multiple of it up to {groups * width}')
   collapse, repeats = max(width // rope_width, 1), max(rope_width // width, 1)
   fold = fold or collapse
-  if fold % collapse or (width // 2) % fold:
+  if fold < 1 or fold % collapse or (width // 2) % fold:
     raise ConfigError(f'fold={fold} is not a multiple of head width / rope_width = {collapse} that divides the '
                       f'{width // 2} frequencies; use {collapse}')
   most = 2 * groups * width - rope_width
@@ -225,13 +226,18 @@ def perplexity(config: ModelConfig, params, buffers, tokens_BT) -> float:
 
 
 def read_calibration(directory: Path, file: str, sequences: int, length: int) -> np.ndarray:
-  """int32 [sequences, length]: token ids of a .npy file, or of a text through the directory's tokenizer; '' is the
-  source of Python's standard library. Fewer sequences where there is less."""
+  """[sequences, length] token ids, in the integers of a .npy file, or of a text through the directory's tokenizer; ''
+  is the source of Python's standard library. Fewer sequences where there is less. Raises ConfigError, one line."""
+  for name, value, least in (('sequences', sequences, 1), ('length', length, 2)):  # a first token is not predicted
+    if value < least:
+      raise ConfigError(f'--{name}={value} is below {least}; use at least {least}')
   if file.endswith('.npy'):
     try:
-      tokens = np.load(file, allow_pickle=False).reshape(-1)
-    except (OSError, ValueError) as error:
+      tokens = np.asarray(np.load(file, allow_pickle=False)).reshape(-1)
+    except (OSError, ValueError, EOFError) as error:
       raise ConfigError(f'--calibration={file} can not be read ({error}); give token ids or a text') from error
+    if not np.issubdtype(tokens.dtype, np.integer):
+      raise ConfigError(f'--calibration={file} holds {tokens.dtype}, not token ids; save integers')
   else:
     tokenizer = directory / 'tokenizer.json'
     if not tokenizer.is_file():
@@ -244,31 +250,40 @@ def read_calibration(directory: Path, file: str, sequences: int, length: int) ->
         text = ''.join(path.read_text(encoding='utf-8', errors='replace') for path in files)
     except (OSError, UnicodeDecodeError) as error:
       raise ConfigError(f'--calibration={file} can not be read ({error}); name another file') from error
-    library = tokenizers.Tokenizer.from_file(str(tokenizer))
-    # A token has seldom more than 8 characters; the rest of a long text need not be cut into tokens.
-    tokens = np.array(library.encode(text[:16 * sequences * length], add_special_tokens=False).ids)
+    try:
+      library = tokenizers.Tokenizer.from_file(str(tokenizer))
+      # A token has seldom more than 8 characters; the rest of a long text need not be cut into tokens.
+      tokens = np.array(library.encode(text[:16 * sequences * length], add_special_tokens=False).ids, np.int64)
+    except Exception as error:  # the library raises plain Exception
+      raise ConfigError(f'{tokenizer} can not cut the calibration text into tokens ({error}); save it again, or give a '
+                        '.npy of ids as --calibration') from None
   rows = min(sequences, len(tokens) // length)
   if not rows:
     raise ConfigError(f'the calibration text has {len(tokens)} tokens, fewer than one sequence of {length}; give a '
                       'longer one, or a smaller --length')
-  return tokens[:rows * length].reshape(rows, length).astype(np.int32)
+  return tokens[:rows * length].reshape(rows, length)
 
 
 def run(source: Path, target: Path, tokens_BT, *, rank: int, rope_width: int, fold: int = 0, latent_norm: bool = False,
         dtype=None) -> list[dict]:
   """Converts a directory, and returns and prints a line a stage: perplexity on the calibration text, bytes a token in
   the cache. Raises ConfigError, one line."""
-  config, params, buffers = hugging_face.load(
-      source, dtype, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  config = config_from_hf(read_json(source / 'config.json'))
   p, full = plan(config, rank, rope_width, fold), 2 * config.kv_heads * config.qk_head_dim - rope_width
-  if tokens_BT.max() >= config.vocab_size:
-    raise ConfigError(f'the calibration text has token id {tokens_BT.max()}, but the vocabulary ends before '
-                      f'{config.vocab_size}; use the tokenizer of {source}')
+  wrong = tokens_BT[(tokens_BT < 0) | (tokens_BT >= config.vocab_size)]
+  if wrong.size:
+    raise ConfigError(f'the calibration text has token id {wrong[0]}, but the vocabulary has 0 to '
+                      f'{config.vocab_size - 1}; use the tokenizer of {source}')
+  if tokens_BT.shape[1] > config.max_position_embeddings:
+    raise ConfigError(f"the calibration's sequences have {tokens_BT.shape[1]} tokens, above the model's "
+                      f'max_position_embeddings={config.max_position_embeddings}; use a smaller --length')
   if latent_norm and (config.attention_bias or p.repeats > 1):
     what = 'attention biases' if config.attention_bias else f'rope_width={rope_width} beyond a head'
     raise ConfigError(f'--latent_norm writes a deepseek_v3 directory, which has no {what}; convert without it, or '
                       'use a model without biases and a rope_width of at most the head width')
-  lines = []
+  _, params, buffers = hugging_face.load(
+      source, dtype, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  tokens_BT, lines = tokens_BT.astype(np.int32), []
 
   def report(stage, config, params):
     kind = params['embedding_WD'].dtype

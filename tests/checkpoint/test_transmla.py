@@ -15,6 +15,7 @@ from flax import nnx
 
 from mla_jax.axes import is_variable
 from mla_jax.checkpoint import hugging_face, store, transmla
+from mla_jax.checkpoint.published_config import config_to_hf
 from mla_jax.config import ConfigError, DataConfig, ModelConfig, from_dict, to_dict
 from mla_jax.data import pipeline
 from mla_jax.data.tokenizer import ByteTokenizer
@@ -149,6 +150,7 @@ def test_a_directory_becomes_another(tmp_path, changes, capsys):
     (dict(rank=0, rope_width=8), 'kv_lora_rank=0 is outside 1 to 24'),
     (dict(rank=8, rope_width=6), 'rope_width=6 does not fit heads of width 8, of which there are 2'),
     (dict(rank=8, rope_width=32), 'rope_width=32 does not fit'),
+    (dict(rank=8, rope_width=8, fold=-2), 'fold=-2 is not a multiple of head width / rope_width = 1'),
     (dict(rank=8, rope_width=4, fold=3), 'fold=3 is not a multiple of head width / rope_width = 2'),
 ])
 def test_sizes_that_do_not_fit_are_one_clear_line(arguments, line):
@@ -166,9 +168,38 @@ def test_what_can_not_be_converted_is_one_clear_line(tmp_path):
   np.save(tmp_path / 'short.npy', TOKENS[0, :7])
   with pytest.raises(ConfigError, match='has 7 tokens, fewer than one sequence of 8'):
     transmla.read_calibration(tmp_path, str(tmp_path / 'short.npy'), 8, 8)
-  hugging_face.save(tmp_path / 'source', GQA, random_params(GQA), {})
-  with pytest.raises(ConfigError, match='has token id 30, but the vocabulary ends before 30'):
-    transmla.run(tmp_path / 'source', tmp_path / 'out', TOKENS + 1, rank=8, rope_width=8)
+  (tmp_path / 'tokenizer.json').write_text('{')
+  with pytest.raises(ConfigError, match=r'tokenizer\.json can not cut the calibration text into tokens \('):
+    transmla.read_calibration(tmp_path, '', 8, 8)
+
+
+@pytest.mark.parametrize(('ids', 'options', 'line'), [
+    (TOKENS, dict(length=0), '--length=0 is below 2'),
+    (TOKENS, dict(length=-1), '--length=-1 is below 2'),
+    (TOKENS, dict(length=1), '--length=1 is below 2'),
+    (TOKENS, dict(sequences=0), '--sequences=0 is below 1'),
+    (TOKENS, dict(length=65), "sequences have 65 tokens, above the model's max_position_embeddings=64"),
+    (TOKENS + 1, {}, 'has token id 30, but the vocabulary has 0 to 29'),
+    (TOKENS - 5, {}, 'has token id -'),
+    (TOKENS.astype(np.int64) + 2**32, {}, 'has token id 42949'),
+    (TOKENS.astype(np.uint64) + 2**63, {}, 'has token id 92233'),
+    (TOKENS + 0.5, {}, 'holds float64, not token ids'),
+    (None, {}, 'can not be read (No data left in file)'),
+])
+def test_wrong_calibration_is_one_clear_line(tmp_path, ids, options, line):
+  """Before the weights are read: there are none."""
+  (tmp_path / 'config.json').write_text(json.dumps(config_to_hf(GQA, 'float32')))
+  file = tmp_path / 'ids.npy'
+  file.touch() if ids is None else np.save(file, ids)
+
+  def convert():
+    tokens_BT = transmla.read_calibration(tmp_path, str(file), **dict(sequences=2, length=8) | options)
+    transmla.run(tmp_path, tmp_path / 'out', tokens_BT, rank=8, rope_width=8)
+
+  with pytest.raises(ConfigError) as caught:
+    convert()
+  assert line in str(caught.value)
+  assert '\n' not in str(caught.value)
 
 
 def python(*command) -> str:
