@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mla_jax.checkpoint import hugging_face, store
+from mla_jax.checkpoint import carried, hugging_face, store
 from mla_jax.checkpoint.agreement import weight_dtype
 from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,7 +46,8 @@ class LanguageModel:
   def __init__(self, config: ModelConfig, params, buffers, tokenizer: Tokenizer | None = None, dtype=None):
     """`dtype` None: that of the embedding in `params`. Raises ConfigError where weights can't have it."""
     self.config, self.tokenizer = config, tokenizer
-    self.tokenizer_folder: Path | None = None  # where the tokenizer came from, with all its files
+    self.tokenizer_folder: Path | None = None  # whose files `save_hf` carries over; None: the tokenizer's own
+    self.eos_ids = [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]  # each ends a text
     dtype = weight_dtype(params['embedding_WD'].dtype if dtype is None else dtype)
     self.decoder = Decoder(config, params, buffers, dtype)
     self._logits = jax.jit(self._compute_logits)
@@ -76,7 +77,7 @@ class LanguageModel:
       tokenizer = path
     found = (tokenizer / 'tokenizer.json').is_file()
     lm = cls(config, params, buffers, load_tokenizer(tokenizer) if found else None, dtype)
-    lm.tokenizer_folder = tokenizer if found else None
+    lm.tokenizer_folder, lm.eos_ids = tokenizer, lm.eos_ids or carried.end_ids(tokenizer)
     return lm
 
   def generate(self, prompts, *, stop: str | Sequence[str] = (), **options) -> Completions:
@@ -89,7 +90,9 @@ class LanguageModel:
     decoding, logprobs=0 (alternatives a token). A row depends on its own prompt, settings and seed, not on the others.
 
     Raises ConfigError, one line. `.stats` leaves compilation out of every rate."""
-    run, texts = self._start(prompts, stop, options)
+    several = _as_list(prompts)
+    one = several and all(isinstance(token, int | np.integer) for token in several) and not np.isscalar(prompts)
+    run, texts = self._start([several] if one else several, stop, options)
     _read(run, texts)
     while not run.finished:
       run.advance()
@@ -100,7 +103,7 @@ class LanguageModel:
     """As `generate` for one prompt, in pieces of text as they are decided."""
     if self.tokenizer is None:
       raise ConfigError(_NO_TOKENIZER)
-    return Stream(*self._start([prompt] if isinstance(prompt, str) else [list(prompt)], stop, options))
+    return Stream(*self._start([prompt], stop, options))
 
   def logits(self, tokens_BT) -> jax.Array:
     """Of the token after each position, float32 [B, T, vocabulary], all tokens given (teacher forcing)."""
@@ -152,16 +155,17 @@ class LanguageModel:
     return jnp.stack(out)
 
   def _start(self, prompts, stop, options) -> tuple[Run, list['Text']]:
-    stops = [stop] if isinstance(stop, str) else list(stop)
+    stops = [] if stop is None else _as_list(stop)
+    for text in stops:
+      if not isinstance(text, str):
+        raise ConfigError(f'stop has {text!r}, which is no text; use strings')
     if '' in stops:
       raise ConfigError("stop has '', which every text contains; use at least one character")
-    prompts = _as_list(prompts)
     needs_text = stops or any(isinstance(p, str) for p in prompts)
     if needs_text and self.tokenizer is None:
       raise ConfigError(_NO_TOKENIZER)
     ids = [self._encode(i, p) if isinstance(p, str) else p for i, p in enumerate(prompts)]
-    eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
-    run = self.decoder.start(ids, eos_id=eos_id, **options)
+    run = self.decoder.start(ids, eos_ids=self.eos_ids, **options)
     return run, [Text(self.tokenizer, prompt, stops) for prompt in ids]
 
   def _encode(self, i: int, prompt: str) -> list[int]:
@@ -263,15 +267,16 @@ def _finish(run: Run, texts: list[Text]) -> Completions:
   for text, scores in zip(texts, run.scores(), strict=True):
     logprobs, *others = (x[:len(text.tokens)].tolist() for x in scores)
     alternatives = [dict(zip(*pair, strict=True)) for pair in zip(*others, strict=True)]
-    stopped = text.stopped or text.tokens[-1] == run.eos_id
+    stopped = text.stopped or text.tokens[-1] in run.eos_ids
     out.append(Completion(text.text, text.tokens, logprobs, 'stop' if stopped else 'length', alternatives))
   return Completions(out, run.stats(sum(len(completion.tokens) for completion in out)))
 
 
-def _as_list(prompts) -> list:
-  """One prompt or several -> several."""
-  if isinstance(prompts, str):
-    return [prompts]
-  prompts = list(prompts)
-  one = prompts and all(isinstance(token, int | np.integer) for token in prompts)
-  return [prompts] if one else prompts
+def _as_list(values) -> list:
+  """One text or several things -> several. What is neither becomes one, for its check to refuse."""
+  if isinstance(values, jax.Array):
+    values = np.asarray(values)  # whose numbers are numbers, not arrays
+  try:
+    return [values] if isinstance(values, str) else list(values)
+  except TypeError:
+    return [values]

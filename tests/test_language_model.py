@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -57,8 +58,11 @@ def test_texts_get_a_beginning_and_become_what_the_tokens_say(lm, out):
     assert len(completion.tokens) == COUNT
   assert out.stats.new_tokens == 2 * COUNT
   assert 0 < out.stats.acceptance_rate[0] < 1
-  given_ids = lm.generate(ids, max_new_tokens=COUNT)
+  given_ids = lm.generate(ids, max_new_tokens=COUNT, stop=None)
   assert [c.tokens for c in given_ids] == [c.tokens for c in out]
+  for given in (ids[0], jax.numpy.array(ids[0])):  # one prompt
+    assert lm.generate(given, max_new_tokens=COUNT)[0].tokens == out[0].tokens
+    assert ''.join(lm.stream(given, max_new_tokens=COUNT)) == out[0].text
 
 
 def test_a_stop_string_is_cut_off_with_what_follows(lm, out):
@@ -119,13 +123,25 @@ def test_a_run_is_loaded_with_its_tokenizer(lm, out, workdir):
   assert 0 < np.abs(logits - rounded).max() < 0.2 * logits.std()
 
 
-def test_a_hugging_face_directory_without_a_tokenizer_takes_ids():
+def test_a_hugging_face_directory_without_a_tokenizer_takes_ids(tmp_path):
   lm = mla_jax.LanguageModel.load(GOLDEN / 'v3_plain', dtype='float32')
   assert all(isinstance(w, jax.Array) for w in jax.tree.leaves(lm.decoder.params))
   out = lm.generate([[5, 6, 7]], max_new_tokens=4, speculative='off')
   logits_TW = np.asarray(lm.logits([[5, 6, 7, *out[0].tokens]]))[0]
   assert logits_TW[2:-1].argmax(-1).tolist() == out[0].tokens
   assert out[0].text is None
+  # config.json says which tokens end a text, where no tokenizer does, and goes on saying it.
+  shutil.copytree(GOLDEN / 'v3_plain', tmp_path / 'hf')
+  values = json.loads((tmp_path / 'hf/config.json').read_text())
+  values['eos_token_id'] = ends = [values['eos_token_id'], out[0].tokens[1]]
+  (tmp_path / 'hf/config.json').write_text(json.dumps(values))
+  (tmp_path / 'hf/generation_config.json').write_text('{}')
+  mla_jax.LanguageModel.load(tmp_path / 'hf', dtype='float32').save_hf(tmp_path / 'out')
+  saved = json.loads((tmp_path / 'out/config.json').read_text())
+  assert (saved['bos_token_id'], saved['eos_token_id']) == (0, ends)
+  assert (tmp_path / 'out/generation_config.json').is_file()
+  ended = mla_jax.LanguageModel.load(tmp_path / 'out').generate([[5, 6, 7]], max_new_tokens=4, speculative='off')[0]
+  assert (ended.tokens, ended.finish_reason) == (out[0].tokens[:out[0].tokens.index(ends[1]) + 1], 'stop')
   for call in (lambda: lm.generate('hello'), lambda: lm.generate([[1]], stop='x'), lambda: lm.stream([1])):
     with pytest.raises(ConfigError, match=r'tokenizer\.json'):
       call()
@@ -154,7 +170,13 @@ def test_what_cannot_be_loaded_or_done_is_one_clear_line(lm, tmp_path):
     lm.generate(['a', ''])
   with pytest.raises(ConfigError, match='stop'):
     lm.generate('a', stop=[''])
+  for stop in ([1], 1, [b'x'], b'x', ['a', None]):
+    with pytest.raises(ConfigError, match=r'stop has .* which is no text; use strings'):
+      lm.generate('a', stop=stop)
   for call in (lm.generate, lm.stream):
+    for prompt, line in ((None, 'prompt 0 holds None, which is no token id'), (5, r'prompt 0 has shape \[\]')):
+      with pytest.raises(ConfigError, match=line):
+        call(prompt)
     with pytest.raises(ConfigError, match=r'prompt 0 is no valid text \(character 1 is half a surrogate pair\)'):
       call('a\udcffb')
 

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-import shutil
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from mla_jax import axes
-from mla_jax.checkpoint import agreement, block_fp8, published, store, tensor_files
+from mla_jax.checkpoint import agreement, block_fp8, carried, published, store, tensor_files
 from mla_jax.checkpoint.placement import Target, fetch
 from mla_jax.checkpoint.published import BIAS, SCALE, Place
 from mla_jax.checkpoint.published_config import config_from_hf, config_to_hf, scale_format
@@ -44,9 +44,6 @@ log = logging.getLogger(__name__)
 FP8_CHOICES = ('dequantise', 'keep')
 AHEAD = min(os.cpu_count() or 1, 8)  # tensors that threads read and convert while others are placed
 FILE_BYTES = 5 * 10**9
-# What a directory holds beside config.json and weights that a tokenizer or a server wants. No code.
-CARRIED = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'special_tokens_map.json', 'added_tokens.json',
-           'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json', 'generation_config.json')
 
 CONFIG_FILE = '''"""The model of {directory}, to go on training it.
 
@@ -94,10 +91,10 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None,
   config = config_from_hf(values)
   stored = tensor_files.scan(directory)
   config = _without_dropped_mtp(directory, config, stored)
-  least = config.num_hidden_layers + config.num_moe_layers * config.n_routed_experts
-  if least > len(stored):  # before so many are listed
-    raise HFError(f'{directory}: its tensors are not those of its config.json: {len(stored)} for '
-                  f'{config.num_hidden_layers} layers with {config.n_routed_experts} experts')
+  layers = config.num_hidden_layers + config.num_nextn_predict_layers
+  if layers + config.num_routers * config.n_routed_experts > len(stored):  # before so many are listed
+    raise HFError(f'{directory}: its tensors are not those of its config.json: {len(stored)} for {layers} layers with '
+                  f'{config.n_routed_experts} experts')
   _, params, buffers = abstract(config)
   variables = dict(published.leaves(params)) | dict(published.leaves(buffers))
   shapes = {path: variable.shape for path, variable in variables.items()}
@@ -147,8 +144,8 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None,
 
 def _without_dropped_mtp(directory, config: ModelConfig, stored) -> ModelConfig:
   depth, first = config.num_nextn_predict_layers, config.num_hidden_layers
-  modules = tuple(f'model.layers.{first + d}.' for d in range(depth))
-  if not depth or any(name.startswith(modules) for name in stored):
+  layers = (re.match(r'model\.layers\.(\d{1,18})\.', name) for name in stored)
+  if not depth or any(layer and first <= int(layer[1]) < first + depth for layer in layers):
     return config
   log.warning('%s: config.json says num_nextn_predict_layers=%d, but the files hold no MTP layer (transformers '
               'drops them on saving): loaded without multi-token prediction', directory, depth)
@@ -260,8 +257,8 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
 
   dtype: of all weights but the routers' selection bias (float32 always); None = as held. fp8: 'float32' or 'ue8m0',
   the format of the scales: the matrices that the release has in FP8 become FP8. Weights kept in FP8 are written as they
-  were read, where neither is given or fp8 is the format they have. tokenizer: a directory whose tokenizer files are
-  carried over. file_bytes: of tensors in a file, at most.
+  were read, where neither is given or fp8 is the format they have. tokenizer: a directory whose tokenizer files,
+  and ids of the tokens that begin and end a text, are carried over. file_bytes: of tensors in a file, at most.
 
   Raises HFError, one line, where the directory holds something, or nobody else could read such a model."""
   directory, dtype = Path(directory).expanduser().absolute(), agreement.weight_dtype(dtype)
@@ -282,7 +279,7 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
   block, scale_dtype = (layout.block, layout.scale_dtype) if as_read else (block_fp8.BLOCK, 'F32')
   values = config_to_hf(config, str(kind), fp8, block)
   if tokenizer is not None:
-    values |= _special_ids(Path(tokenizer))
+    values |= carried.special_ids(Path(tokenizer))
 
   shapes = {path: array.shape for path, array in arrays.items()}
   places, repeats = published.places(config, shapes), published.repeats(config)
@@ -331,26 +328,13 @@ def save(directory, config: ModelConfig, params, buffers, *, dtype=None, fp8: st
     with _progress(total, 'saving') as done:
       tensor_files.write(partial, groups, make, file_bytes, done)
     tensor_files.write_text(partial / 'config.json', json.dumps(values, indent=2))
-    for file in CARRIED if tokenizer is not None else ():
-      if (Path(tokenizer) / file).is_file():
-        shutil.copyfile(Path(tokenizer) / file, partial / file)
+    if tokenizer is not None:
+      carried.copy(Path(tokenizer), partial)
 
 
 def _flat(tree, path=()) -> Iterator[tuple]:
   for key, value in tree.items():
     yield from _flat(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
-
-
-def _special_ids(folder: Path) -> dict[str, int]:
-  """bos_token_id and eos_token_id, by the names in tokenizer_config.json."""
-  files = folder / 'tokenizer.json', folder / 'tokenizer_config.json'
-  if not all(file.is_file() for file in files):
-    return {}
-  vocabulary, named = map(read_json, files)
-  ids = {token['content']: token['id'] for token in vocabulary.get('added_tokens', ())}
-  contents = {key: named.get(f'{key}_token') for key in ('bos', 'eos')}
-  contents = {key: token['content'] if isinstance(token, dict) else token for key, token in contents.items()}
-  return {f'{key}_token_id': ids[token] for key, token in contents.items() if token in ids}
 
 
 def define_flags(flag_values: flags.FlagValues):

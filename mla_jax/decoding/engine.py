@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import operator
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from mla_jax.model.transformer import abstract
 
 SECONDS_A_CALL = 0.1  # what a device call aims at: short for a reader, long beside the host's part
 MAX_ROUNDS_A_CALL = 256
+EOS_IDS = 4  # a multiple of them has room in a program, which does not depend on their number then
 SPECULATIVE = ('auto', 'on', 'off')
 
 
@@ -95,6 +98,13 @@ def prompt_window(n: int) -> int:
   return max(16, 1 << (n - 1).bit_length())
 
 
+def whole_number(name: str, value) -> int:
+  try:
+    return operator.index(value)
+  except TypeError:
+    raise ConfigError(f'{name}={value!r} is no whole number; use one') from None
+
+
 class Decoder:
   """A model ready to decode: weights in the dtype they compute in. float32 computes at highest precision."""
 
@@ -110,10 +120,11 @@ class Decoder:
   def precision(self):
     return jax.default_matmul_precision('highest') if self.dtype == jnp.float32 else contextlib.nullcontext()
 
-  def start(self, prompts: list[list[int]], *, max_new_tokens=128, eos_id: int | None = None, speculative='auto',
-            draft_tokens: int | None = None, attention='absorbed', logprobs: int = 0, **sampling) -> 'Run':
-    """Checks everything, then runs the prompts. max_new_tokens and what `make_sampling` takes may be given a row.
-    Raises ConfigError, one line."""
+  def start(self, prompts: list[list[int]], *, max_new_tokens=128, eos_ids: Sequence[int] = (),
+            speculative='auto', draft_tokens: int | None = None, attention='absorbed', logprobs: int = 0,
+            **sampling) -> 'Run':
+    """Checks everything, then runs the prompts. A token of `eos_ids` ends its row. max_new_tokens and what
+    `make_sampling` takes may be given a row. Raises ConfigError, one line."""
     c = self.config
     if not prompts:
       raise ConfigError('there is no prompt; give at least one')
@@ -130,10 +141,11 @@ class Decoder:
     settings = make_sampling(len(prompts), **sampling)
     if attention not in FORMS:
       raise ConfigError(f'attention={attention!r} is unknown; use one of {", ".join(map(repr, FORMS))}')
+    logprobs = whole_number('logprobs', logprobs)
     if not 0 <= logprobs <= c.vocab_size:
       raise ConfigError(f'logprobs={logprobs} is outside 0 to vocab_size={c.vocab_size}; use e.g. 5')
     plan = Plan(self._drafts(speculative, draft_tokens), bool((settings.temperature_B > 0).any()), logprobs, attention)
-    return Run(self, plan, prompts, limits, settings, eos_id)
+    return Run(self, plan, prompts, limits, settings, eos_ids)
 
   def check_tokens(self, name: str, tokens) -> np.ndarray:
     """As int32. Raises ConfigError where there is none, or one that the model doesn't know."""
@@ -155,7 +167,7 @@ class Decoder:
     modules = self.config.num_nextn_predict_layers
     if speculative not in SPECULATIVE:
       raise ConfigError(f'speculative={speculative!r} is unknown; use one of {", ".join(map(repr, SPECULATIVE))}')
-    if draft_tokens is not None and draft_tokens < 1:
+    if draft_tokens is not None and whole_number('draft_tokens', draft_tokens) < 1:
       raise ConfigError(f"draft_tokens={draft_tokens} is below 1; use at least 1, or speculative='off'")
     if speculative == 'on' and not modules:
       raise ConfigError("speculative='on' drafts with MTP modules, but the model has num_nextn_predict_layers=0; use "
@@ -166,16 +178,17 @@ class Decoder:
 class Run:
   """A batch while it grows: `advance()` until `finished`; `new(row)` at any time."""
 
-  def __init__(self, decoder: Decoder, plan: Plan, prompts, limits, sampling, eos_id: int | None):
-    self.decoder, self.plan, self.eos_id = decoder, plan, eos_id
+  def __init__(self, decoder: Decoder, plan: Plan, prompts, limits, sampling, eos_ids: Sequence[int]):
+    self.decoder, self.plan, self.eos_ids = decoder, plan, list(eos_ids)
     self.prompt_lengths = np.array([len(p) for p in prompts], np.int32)
     ends = (self.prompt_lengths + limits).astype(np.int32)
     capacity = round_up(int(ends.max()) + plan.drafts)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in zip(tokens_BS, prompts, strict=True):
       row[:len(prompt)] = prompt
-    args = (decoder.params, decoder.buffers, tokens_BS, self.prompt_lengths, ends, sampling,
-            np.int32(-1 if eos_id is None else eos_id))
+    eos = np.full(-(-max(len(self.eos_ids), 1) // EOS_IDS) * EOS_IDS, -1, np.int32)
+    eos[:len(self.eos_ids)] = self.eos_ids
+    args = (decoder.params, decoder.buffers, tokens_BS, self.prompt_lengths, ends, sampling, eos)
     static = dict(window=prompt_window(int(self.prompt_lengths.max())), dtype=decoder.dtype)
     prefill, rounds = _programs(decoder.config_json, plan)
     began = time.perf_counter()

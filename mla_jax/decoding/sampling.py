@@ -28,9 +28,11 @@ def per_row(name: str, value, batch: int, dtype) -> np.ndarray:
   values = np.asarray(value)
   if values.ndim > 1 or (values.ndim == 1 and len(values) != batch):
     raise ConfigError(f'{name} has {values.size} values for {batch} prompts; give one value, or one a prompt')
-  if not np.issubdtype(values.dtype, np.number) or (np.issubdtype(dtype, np.integer) and (values % 1).any()):
-    kind = 'whole numbers' if np.issubdtype(dtype, np.integer) else 'numbers'
-    raise ConfigError(f'{name}={value!r} is wrong; use {kind}')
+  whole = np.issubdtype(dtype, np.integer)
+  if whole and values.dtype == object and all(isinstance(x, int) for x in values.flat):  # beyond NumPy's integers
+    raise ConfigError(f'{name}={value!r} is out of range; use at most {np.iinfo(dtype).max}')
+  if not np.issubdtype(values.dtype, np.number) or (whole and (values % 1).any()):
+    raise ConfigError(f'{name}={value!r} is wrong; use {"whole numbers" if whole else "numbers"}')
   return np.broadcast_to(values, batch)
 
 
@@ -43,7 +45,7 @@ def make_sampling(batch: int, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
   seed = per_row('seed', seed, batch, np.uint32)
   for name, values, right, limit in (
       ('temperature', temperature, (temperature >= 0) & np.isfinite(temperature), 'use 0 (greedy) or more'),
-      ('top_k', top_k, (top_k >= 0) & (top_k < 2**31), 'use 0 (all tokens) or more'),
+      ('top_k', top_k, (top_k >= 0) & (top_k < 2**31), f'use 0 (all tokens) to {2**31 - 1}'),
       ('top_p', top_p, (top_p > 0) & (top_p <= 1), 'use more than 0 and at most 1 (all tokens)'),
       ('min_p', min_p, (min_p >= 0) & (min_p < 1), 'use at least 0 (all tokens) and less than 1'),
       ('seed', seed, (seed >= 0) & (seed < 2**32), 'use 0 to 4294967295')):

@@ -55,7 +55,7 @@ class State:
   end_B: jax.Array  # length that max_new_tokens allows
   done_B: jax.Array
   sampling: Sampling
-  eos: jax.Array  # token id that ends a row, -1: none
+  eos: jax.Array  # ids of the tokens that end a row; -1: none
   trail_BTD: jax.Array  # main hidden states of the depth - 1 positions before the newest
   q_BTW: jax.Array  # distributions the drafts were sampled from; empty when all rows are greedy
   tally: Tally
@@ -136,7 +136,7 @@ def _accept(model: Transformer, plan: Plan, state: State, hidden_BUD) -> tuple[S
       accepted_B, new_BU = verify_greedy(logits_BUW, draft_BT)
   with jax.named_scope('decode/accept'):
     slot_U = jnp.arange(drafts + 1)
-    ends_BU = new_BU == state.eos
+    ends_BU = (new_BU[..., None] == state.eos).any(-1)
     first_end_B = jnp.where(ends_BU.any(1), ends_BU.argmax(1), drafts)
     count_B = jnp.minimum(jnp.minimum(accepted_B, first_end_B) + 1, state.end_B - state.length_B)
     count_B = jnp.where(state.done_B, 0, count_B)

@@ -171,9 +171,10 @@ def test_any_value_in_config_json_is_read_or_one_clear_line(kind, data):
   assert '\n' not in complaint(lambda: (config_from_hf(values), fp8_block(values)))
 
 
-def test_more_layers_than_tensors_is_said_at_once(tmp_path):
+@pytest.mark.parametrize(('key', 'layers'), [('num_hidden_layers', 2**40), ('num_nextn_predict_layers', 2**40 + 3)])
+def test_more_layers_than_tensors_is_said_at_once(tmp_path, key, layers):
   shutil.copytree(GOLDEN / 'v3', tmp_path / 'hf')
   values = json.loads((tmp_path / 'hf/config.json').read_text())
-  (tmp_path / 'hf/config.json').write_text(json.dumps(values | dict(num_hidden_layers=2**40)))
-  with pytest.raises(HFError, match='for 1099511627776 layers with 8 experts'):
+  (tmp_path / 'hf/config.json').write_text(json.dumps(values | {key: 2**40}))
+  with pytest.raises(HFError, match=f'for {layers} layers with 8 experts'):
     hugging_face.load(tmp_path / 'hf')

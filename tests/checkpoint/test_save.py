@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mla_jax.checkpoint import block_fp8, hugging_face, published, tensor_files
+from mla_jax.checkpoint import block_fp8, carried, hugging_face, published, tensor_files
 from mla_jax.checkpoint.published_config import REQUIRED_OF_EXPERTS, config_from_hf, config_to_hf
 from mla_jax.checkpoint.tensor_files import HFError
 from mla_jax.config import ModelConfig, RopeScaling
@@ -139,6 +139,28 @@ def test_dtype_and_tokenizer_files(tmp_path):
   assert 'bos_token_id' not in values
   assert sorted(f.name for f in (tmp_path / 'out').iterdir()) == [
       'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+
+
+END = dict(added_tokens=[dict(content='<end>', id=7)])
+
+
+@pytest.mark.parametrize(('vocabulary', 'named', 'config', 'expected'), [
+    (dict(added_tokens=None), dict(eos_token='<end>'), None, {}),
+    (dict(added_tokens=[None, {}, dict(content=3, id=1), dict(content='<end>', id='7')]), dict(eos_token='<end>'),
+     None, {}),
+    (END, dict(eos_token={}, bos_token=['<end>']), None, {}),
+    (END, dict(eos_token='<end>'), {}, dict(eos_token_id=7)),
+    (END, dict(eos_token='<end>'), dict(eos_token_id=[7, 8], bos_token_id=-1), dict(eos_token_id=[7, 8])),
+    (None, None, dict(eos_token_id='7', bos_token_id=None), {}),
+    (None, None, dict(eos_token_id=2, bos_token_id=1), dict(bos_token_id=1, eos_token_id=2)),
+])
+def test_which_tokens_begin_and_end_a_text(tmp_path, vocabulary, named, config, expected):
+  for name, values in dict(tokenizer=vocabulary, tokenizer_config=named, config=config).items():
+    if values is not None:
+      (tmp_path / f'{name}.json').write_text(json.dumps(values))
+  assert carried.special_ids(tmp_path) == expected
+  ends = expected.get('eos_token_id', [])
+  assert carried.end_ids(tmp_path) == (ends if isinstance(ends, list) else [ends])
 
 
 def test_it_appears_whole_or_not_at_all(tmp_path, monkeypatch):

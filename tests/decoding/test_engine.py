@@ -65,9 +65,9 @@ def test_logprobs_and_alternatives_are_of_the_raw_distribution(model, sampled):
 def test_a_row_ends_after_its_end_of_text_token(model, drafts):
   mode = dict(speculative='off') if drafts is None else dict(draft_tokens=drafts)
   expected, _ = small.greedy(model, small.PROMPTS, COUNT)
-  for eos in (expected[2][0], expected[2][7]):
-    r = small.run(model, max_new_tokens=COUNT, eos_id=eos, **mode)
-    ends = [tokens.index(eos) + 1 if eos in tokens else COUNT for tokens in expected]
+  for eos in ([expected[2][0]], [expected[2][7]], [expected[2][7], expected[0][3]]):
+    r = small.run(model, max_new_tokens=COUNT, eos_ids=eos, **mode)
+    ends = [min((tokens.index(e) + 1 for e in eos if e in tokens), default=COUNT) for tokens in expected]
     assert small.new_tokens(r) == [tokens[:end] for tokens, end in zip(expected, ends, strict=True)]
     assert r.finished
 
@@ -123,6 +123,12 @@ def test_sizes_to_compile_for_are_few_and_close():
     (dict(draft_tokens=0), 'draft_tokens=0 is below 1'),
     (dict(attention='flat'), "attention='flat'"),
     (dict(logprobs=12), 'logprobs=12'),
+    (dict(logprobs='x'), "logprobs='x' is no whole number"),
+    (dict(logprobs=1.5), 'logprobs=1.5 is no whole number'),
+    (dict(draft_tokens=1.5), 'draft_tokens=1.5 is no whole number'),
+    (dict(seed=2**70), 'seed=1180591620717411303424 is out of range; use at most 4294967295'),
+    (dict(seed=2**32), 'seed=4294967296 is out of range; use 0 to 4294967295'),
+    (dict(top_k=2**31), 'top_k=2147483648 is out of range; use 0 (all tokens) to 2147483647'),
 ])
 def test_bad_input_is_one_clear_line(model, options, says):
   with pytest.raises(ConfigError, match=re.escape(says)) as error:
