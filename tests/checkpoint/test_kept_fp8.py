@@ -220,13 +220,14 @@ def test_eight_devices():
                        text=True, timeout=600, check=False)
   assert run.returncode == 0, run.stderr[-3000:]
   lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{')]
-  assert [line['mesh'] for line in lines] == [[2, 2, 2], [1, 8, 1]]
+  assert [(line['mesh'], line['few']) for line in lines] == [
+      ([2, 2, 2], [False]), ([1, 8, 1], [False]), ([8, 1, 1], [True]), ([2, 4, 1], [True]), ([4, 1, 2], [True])]
   for line in lines:
     assert line['same_logits'], line
     assert line['same_files'], line
     _, fsdp, expert = line['mesh']
-    assert line['wi_ED2F'] == [2, 8 // expert, 136 // fsdp, 2, 129]
-    assert line['scales'] == [2, 8 // expert, 2, 2, 2]
+    assert line['wi_ED2F'] == [2, 16 // expert, 136 // fsdp, 2, 129]
+    assert line['scales'] == [2, 16 // expert, 2, 2, 2]
 
 
 def line_of(error, function, *args, **options) -> str:
