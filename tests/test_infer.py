@@ -53,6 +53,8 @@ WRONG = {
     'missing run': (['--workdir=RUN/none', '--prompt=a'], r'no readable config\.json'),
     'missing file': (['--workdir=RUN', '--prompts_file=RUN/none'], "none can't be read"),
     'bad json': (['--workdir=RUN', '--prompts_file=RUN/bad.jsonl'], r'bad\.jsonl line 2 is no JSON'),
+    'deep json': (['--workdir=RUN', '--prompts_file=RUN/deep.jsonl'], r'deep\.jsonl line 1 is no JSON'),
+    'long number': (['--workdir=RUN', '--prompts_file=RUN/long.jsonl'], r'long\.jsonl line 1 is no JSON'),
     'bad line': (['--workdir=RUN', '--prompts_file=RUN/odd.jsonl'], 'line 1 has neither "prompt"'),
     'no text': (['--workdir=RUN', '--prompts_file=RUN/half.jsonl'], r'prompt 0 is no valid text \(character 1 is half'),
     'no tokenizer': (['--hf=GOLDEN', '--prompt=a'], r'no tokenizer\.json'),
@@ -89,6 +91,8 @@ def results(lm, expected, tmp_path_factory):
   lm.save_hf(run / 'fp8', fp8='float32')
   (run / 'two.jsonl').write_text('{"prompt": "ab"}\n\n{"tokens": [256, 97, 98]}\n')
   (run / 'bad.jsonl').write_text('{"prompt": "ab"}\n{"prompt": \n')
+  (run / 'deep.jsonl').write_text(100_000 * '[')
+  (run / 'long.jsonl').write_text('{"tokens": [' + 5000 * '1' + ']}')
   (run / 'odd.jsonl').write_text('{"promt": "ab"}\n')
   (run / 'half.jsonl').write_text(r'{"prompt": "a\ud800"}')
   (run / 'ids.jsonl').write_text('{"tokens": [999]}\n')
