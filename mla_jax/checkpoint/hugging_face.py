@@ -35,7 +35,7 @@ from mla_jax.checkpoint.published import BIAS, SCALE, Place
 from mla_jax.checkpoint.published_config import config_from_hf, config_to_hf, scale_format
 from mla_jax.checkpoint.tensor_files import DTYPES, Entry, HFError, Reader, read_json, whole
 from mla_jax.config import ConfigError, ModelConfig
-from mla_jax.model.fp8 import FP8Weight, Layout, is_fp8
+from mla_jax.model.fp8 import FP8Weight, Layout, check_computes, is_fp8
 from mla_jax.model.layers import FLOAT32_WEIGHTS
 from mla_jax.model.transformer import abstract
 
@@ -107,9 +107,7 @@ def load(directory, dtype=None, *, place=None, on_host: bool | None = None,
   layouts = {}
   if fp8 == 'keep':
     agreement.check_kept(directory, stored, expected)
-    computes = kinds[('embedding_WD',)] if dtype is None else dtype
-    if computes == np.float16:  # rounding to its subnormals differs by platform
-      raise HFError('fp8=keep computes in bfloat16 or float32, not float16; give one as dtype, or fp8=dequantise')
+    check_computes(kinds[('embedding_WD',)] if dtype is None else dtype)
     form = dict(scale_fmt=scale_format(values), scale_dtype=agreement.scale_dtype(stored))
     for name in filter(published.is_quantized, list(places)):
       places[name + SCALE] = published.scale_places(places[name])

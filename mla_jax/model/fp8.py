@@ -53,7 +53,8 @@ class FP8Weight:
     return self.bits.shape
 
   def astype(self, dtype) -> 'FP8Weight':
-    """The dtype that it computes in."""
+    """The dtype that it computes in. Raises ConfigError."""
+    check_computes(dtype)
     return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
   def __getitem__(self, index) -> 'FP8Weight':
@@ -105,6 +106,12 @@ def chosen(sizes_E, rows: int, *weights):
 
 def is_fp8(x) -> bool:
   return isinstance(x, FP8Weight)
+
+
+def check_computes(dtype):
+  """Raises ConfigError where kept weights would not be those of a model taken out of FP8 on loading."""
+  if jnp.dtype(dtype) == jnp.float16:  # rounding to its subnormals differs by platform
+    raise ConfigError('fp8=keep computes in bfloat16 or float32, not float16; give one as dtype, or fp8=dequantise')
 
 
 def check_trainable(params):

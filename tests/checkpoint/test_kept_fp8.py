@@ -267,9 +267,9 @@ def test_what_can_not_be_kept_is_one_clear_line(tmp_path, fp8_folder):
   assert 'model.embed_tokens.weight is F8_E4M3, but fp8=keep needs' in line(extra)
   half = changed(**{name: tensor.astype(np.float16) for name, tensor in tensors.items()
                     if name.endswith(('embed_tokens.weight', 'head.weight'))})
-  for dtype in (None, 'float16'):  # as stored; as said
-    said = line_of(ConfigError, LanguageModel.load, half, dtype, fp8='keep')
-    assert said.startswith('fp8=keep computes in bfloat16 or float32, not float16; give one as dtype')
+  said = [line_of(ConfigError, LanguageModel.load, half, dtype, fp8='keep') for dtype in (None, 'float16')]
+  said.append(line_of(ConfigError, LanguageModel, *hugging_face.load(half, 'bfloat16', fp8='keep'), dtype='float16'))
+  assert set(said) == {'fp8=keep computes in bfloat16 or float32, not float16; give one as dtype, or fp8=dequantise'}
   assert LanguageModel.load(half, 'bfloat16', fp8='keep').decoder.dtype == ml_dtypes.bfloat16
   (tmp_path / 'config.json').write_text(json.dumps(to_dict(Config())))
   assert 'is a workdir of train.py, which has no FP8 weights; leave it out' in line(tmp_path)
