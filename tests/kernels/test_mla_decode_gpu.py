@@ -42,10 +42,31 @@ def test_interpreted_matches_reference(case, monkeypatch, whole_requests):
     assert not races_found()
 
 
+def test_requests_of_a_vmap_run_one_after_the_other(monkeypatch, whole_requests):
+  case = testing.mla_decode_case('vmapped', (70,), t=1, max_pages=2, page=64, heads=16, **testing.GPU)
+  arrays = [case.arrays(np.random.default_rng(seed)) for seed in range(2)]
+  stacked = jax.tree.map(lambda *x: np.stack(x), *arrays)
+  with hopper_interpreter.interpreter(monkeypatch):
+    o_XBTNC, _ = jax.block_until_ready(jax.jit(jax.vmap(lambda x: interpreted(**x, **case.options)))(stacked))
+  for actual, x in zip(o_XBTNC, arrays, strict=True):
+    testing.assert_close('vmapped', actual, mla_decode(**x, **case.options, implementation='reference')[0], case.tolerance)
+
+
+def test_a_plan_for_other_tokens_is_refused():
+  """It would launch more programs than the chip holds, and they wait for each other."""
+  case = testing.mla_decode_case('planned', (70, 3), t=4, max_pages=2, page=64, heads=128, **testing.GPU)
+  arrays = case.arrays(np.random.default_rng(0))
+  operands = [jax.numpy.asarray(x) for x in arrays.values()]
+  for lengths, message in ((arrays['lengths_B'], 'of 66 parts for 2 sequences, and this call takes at most 16 for 2'),
+                           (arrays['lengths_B'][:1], 'for 1 sequences')):
+    plan = gpu.make_plan(jax.numpy.asarray(lengths), rows=128)
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(lambda plan=plan: gpu.mla_decode(*operands, plan, 0.1, 128))
+
+
 def run(length):
   """One request, whose result is not looked at."""
-  case = testing.mla_decode_case('small', (length,), t=1, max_pages=16, page=64, heads=16, c=128, r=64,
-                                 dtype='bfloat16')
+  case = testing.mla_decode_case('small', (length,), t=1, max_pages=16, page=64, heads=16, **testing.GPU)
   decode = jax.jit(lambda arrays: interpreted(**arrays, **case.options))
   jax.block_until_ready(decode(case.arrays(np.random.default_rng(0))))
 
