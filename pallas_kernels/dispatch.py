@@ -101,6 +101,11 @@ class Registry:
     reasons = {i.name: i.reason_unavailable(target) for i in self.all}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
+  def best(self, *operands, **facts) -> Implementation:
+    """The implementation that None means for these operands."""
+    target = platform(*operands)
+    return next(i for i in self.all if i.reason_against(target, *operands, **facts) is None)
+
   def choose(self, name: str | None, *operands, **facts):
     """The kernels of the implementation `name`, or of the best one for the platform and operands when it is None.
 
@@ -112,7 +117,7 @@ class Registry:
     reasons = {i.name: i.reason_against(target, *operands, **facts) for i in self.all}
     usable = [name for name, reason in reasons.items() if reason is None]
     if name is None:
-      chosen = next(i for i in self.all if i.name in usable)
+      chosen = self.best(*operands, **facts)
       better = [f'{i.name}: {reasons[i.name]}' for i in self.all[:self.all.index(chosen)]]
       said = (chosen.name, target, *better)
       if said not in self._said:

@@ -215,8 +215,10 @@ CASES = {
     # Widths a GPU kernel takes; more rows than a tile and fewer than two.
     mla_decode_case('bfloat16, tiles of a GPU', (700, 0, 40), t=5, max_pages=12, page=64, heads=16, scale=-0.05, **GPU),
     mla_decode_case('bfloat16, one tile of a GPU, small pages', (130, 64, 1, 0), t=1, max_pages=9, heads=16, **GPU),
-    mla_decode_case('bfloat16, three tiles of a GPU, large pages', (200, 3), t=3, max_pages=2, page=128, heads=48, **GPU),
-    mla_decode_case('bfloat16, tiles of a GPU, a cut request', (2600, 0, 40), t=5, max_pages=82, page=32, heads=16, **GPU),
+    mla_decode_case('bfloat16, three tiles of a GPU, large pages', (200, 3), t=3, max_pages=2, page=128, heads=48,
+                    **GPU),
+    mla_decode_case('bfloat16, tiles of a GPU, a cut request', (2600, 0, 40), t=5, max_pages=82, page=32, heads=16,
+                    **GPU),
     mla_decode_case('bfloat16, one tile of a GPU, wide latent', (300,), t=1, max_pages=5, page=64, heads=16,
                     **{**GPU, 'c': 512}),
     mla_decode_case('bfloat16 cache, float32 queries', (3, 40), t=2, max_pages=3, cache_dtype='bfloat16'),

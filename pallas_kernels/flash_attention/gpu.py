@@ -69,7 +69,7 @@ def _call(q_BTNH, k_BSNH, v_BSNV, q_segments, scale, causal):
   batch, t, heads, width = q_BTNH.shape
   sign = int(np.sign(scale))
   call = Attention(batch, heads, t, k_BSNH.shape[1], width, v_BSNV.shape[3], abs(scale) or 1.0, causal,
-                   q_segments is not None)
+                   q_segments is not None, mosaic_gpu.multiprocessors(q_BTNH))
   return call, sign
 
 

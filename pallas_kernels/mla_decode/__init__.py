@@ -44,8 +44,8 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, *, scale, value_width, pl
 
 def make_plan(lengths_B, *, tokens, heads):
   """How a chip's processors share the work of `mla_decode` on these lengths, for all layers of a step. None where the
-  best implementation does not split work: `plan=None` is always right, and this only saves making the plan again. A plan
-  serves calls of these lengths, tokens and heads."""
+  best implementation does not split work: `plan=None` is always right, and this only saves making the plan again. A
+  plan serves calls of these lengths, tokens and heads."""
   if 'gpu' in registry.implementations(dispatch.platform(lengths_B)):
     return gpu.make_plan(lengths_B, tokens * heads)
   return None

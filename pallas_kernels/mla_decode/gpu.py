@@ -81,8 +81,8 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width)
   parts, most = len(plan.begin_P2) - 1, _most_parts(q_BTNJ, rows)
   # Programs that share a request wait for each other: all of them must be on the chip at once.
   if parts > most or len(plan.parts_B2) != batch:
-    raise ValueError(f'mla_decode: the plan is of {parts} parts for {len(plan.parts_B2)} sequences, and this call takes at '
-                     f'most {most} for {batch}; make it with make_plan(lengths, tokens={t}, heads={heads})')
+    raise ValueError(f'mla_decode: the plan is of {parts} parts for {len(plan.parts_B2)} sequences, and this call '
+                     f'takes at most {most} for {batch}; make it with make_plan(lengths, tokens={t}, heads={heads})')
   kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1],
                    parts, q_BTNJ.dtype.name, scale)
   # One after the other under vmap: a launch's programs find each other by semaphores that a second one would share.

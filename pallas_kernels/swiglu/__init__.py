@@ -48,7 +48,7 @@ def swiglu_gradients(h_M2F, weights_M, dy_MF, implementation=None):
 
 def _check(op, h_M2F, weights_M, dy_MF=None):
   fits = h_M2F.ndim == 2 and h_M2F.shape[1] % 2 == 0 and weights_M.shape == h_M2F.shape[:1]
-  if not fits or dy_MF is not None and dy_MF.shape != (len(h_M2F), h_M2F.shape[1] // 2):
+  if not fits or (dy_MF is not None and dy_MF.shape != (len(h_M2F), h_M2F.shape[1] // 2)):
     last = '' if dy_MF is None else f' and dy {dy_MF.shape}'
     raise ValueError(f'{op}: h {h_M2F.shape}, weights {weights_M.shape}{last} must be [M, 2 F], [M]'
                      f'{"" if dy_MF is None else " and [M, F]"}')

@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -99,7 +100,7 @@ def test_the_scores_are_never_stored_whole():
 def test_bad_operands(change, message):
   q_BTNH, k_BSNH, v_BSNV = operands()
   arguments = {'q_BTNH': q_BTNH, 'k_BSNH': k_BSNH, 'v_BSNV': v_BSNV, **change}
+  traced = arguments.pop('scale', None)
+  run = functools.partial(flash_attention, **arguments)
   with pytest.raises(ValueError, match=message):
-    if arguments.pop('scale', None):
-      jax.jit(lambda scale: flash_attention(**arguments, scale=scale))(1.0)
-    flash_attention(**arguments, scale=1.0)
+    (jax.jit(lambda scale: run(scale=scale)) if traced else lambda scale: run(scale=scale))(1.0)

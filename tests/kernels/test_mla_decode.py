@@ -79,9 +79,10 @@ def test_a_plan_made_before_changes_nothing(implementation):
   arrays = case.arrays(np.random.default_rng(0))
   plan = make_plan(arrays['lengths_B'], tokens=2, heads=16)
   with skipped_if_unsuitable(implementation):
-    for x, y in zip(*(mla_decode(**arrays, **case.options, plan=p, implementation=implementation) for p in (plan, None)),
-                    strict=True):
-      np.testing.assert_array_equal(x, y)
+    planned, unplanned = (mla_decode(**arrays, **case.options, plan=p, implementation=implementation)
+                          for p in (plan, None))
+  for x, y in zip(planned, unplanned, strict=True):
+    np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize('implementation', mla_decode.implementations())
