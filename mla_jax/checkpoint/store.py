@@ -33,8 +33,9 @@ class CheckpointError(ConfigError):
 
 
 def _first_line(error: Exception) -> str:
-  """Orbax says kilobytes."""
-  return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+  """Orbax says kilobytes; what failed stands at the beginning of a line, why at its end."""
+  line = next(iter(str(error).splitlines()), type(error).__name__)
+  return line if len(line) <= 250 else f'{line[:100]} ... {line[-140:]}'
 
 
 def saved_steps(workdir: str | pathlib.Path) -> list[int]:
