@@ -30,8 +30,8 @@ def test_a_checkpoint_that_can_not_be_written(saved):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    with pytest.raises(store.CheckpointError, match=r'checkpoint 3 in .* could not be written \(.+File too large.*\); free space there '
-                       'and run the same command: it goes on from step 2$') as error:
+    with pytest.raises(store.CheckpointError, match=r'checkpoint 3 in .* could not be written \(.+File too large.*'
+                       r'\); free space there and run the same command: it goes on from step 2$') as error:
       save(saved, 3)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
