@@ -46,7 +46,7 @@ def read_prompts(path: str) -> list:
 def parse_prompt(place: str, line: str):
   try:
     prompt = json.loads(line)
-  except json.JSONDecodeError as e:
+  except (json.JSONDecodeError, RecursionError) as e:
     raise ConfigError(f'{place} is no JSON ({e}); write e.g. {{"prompt": "def main("}}') from e
   if isinstance(prompt, dict) and isinstance(prompt.get('prompt'), str):
     return prompt['prompt']

@@ -53,6 +53,7 @@ WRONG = {
     'missing run': (['--workdir=RUN/none', '--prompt=a'], r'no readable config\.json'),
     'missing file': (['--workdir=RUN', '--prompts_file=RUN/none'], "none can't be read"),
     'bad json': (['--workdir=RUN', '--prompts_file=RUN/bad.jsonl'], r'bad\.jsonl line 2 is no JSON'),
+    'deep json': (['--workdir=RUN', '--prompts_file=RUN/deep.jsonl'], r'deep\.jsonl line 1 is no JSON \(.*recursion'),
     'bad line': (['--workdir=RUN', '--prompts_file=RUN/odd.jsonl'], 'line 1 has neither "prompt"'),
     'no tokenizer': (['--hf=GOLDEN', '--prompt=a'], r'no tokenizer\.json'),
     'fp8': (['--hf=GOLDEN', '--prompt=a', '--fp8=some'], 'fp8=some.*dequantise.keep'),
@@ -88,6 +89,7 @@ def results(lm, expected, tmp_path_factory):
   lm.save_hf(run / 'fp8', fp8='float32')
   (run / 'two.jsonl').write_text('{"prompt": "ab"}\n\n{"tokens": [256, 97, 98]}\n')
   (run / 'bad.jsonl').write_text('{"prompt": "ab"}\n{"prompt": \n')
+  (run / 'deep.jsonl').write_text(100_000 * '[')
   (run / 'odd.jsonl').write_text('{"promt": "ab"}\n')
   (run / 'ids.jsonl').write_text('{"tokens": [999]}\n')
   names = {'RUN': str(run), 'GOLDEN': str(GOLDEN / 'v3_plain'), 'STOP': expected.text[4:7]}
