@@ -1,5 +1,7 @@
 """Trains a model: python train.py --config=configs/tiny.py --workdir=runs/demo [--config.training.steps=200 ...]"""
 
+import os
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -13,11 +15,13 @@ ALLOW_OLDER = flags.DEFINE_bool('allow_older_checkpoint', False,
                                 'Continue from an older checkpoint if the newest is damaged')
 DEBUG = flags.DEFINE_bool('debug', False, 'Show stack traces')
 flags.mark_flags_as_required(['config', 'workdir'])
+flags.register_validator('workdir', lambda name: name != '', 'it is empty; name a folder')
 
 
 def main(_):
-  code = loop.train(CONFIG.value, WORKDIR.value, init_from=INIT_FROM.value, allow_older_checkpoint=ALLOW_OLDER.value)
-  print(f'report: {report.write(WORKDIR.value)}')
+  workdir, init_from = map(os.path.expanduser, (WORKDIR.value, INIT_FROM.value))
+  code = loop.train(CONFIG.value, workdir, init_from=init_from, allow_older_checkpoint=ALLOW_OLDER.value)
+  print(f'report: {report.write(workdir)}')
   return code
 
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import kernels_grouped, timing
-from pallas_kernels import dispatch, make_plan
 from pallas_kernels import flash_attention as attention
+from pallas_kernels import make_plan
 from pallas_kernels import mla_decode as latent_decode
 from pallas_kernels.flash_attention import registry as attention_registry
 from pallas_kernels.mla_decode import registry as decode_registry
@@ -64,7 +64,7 @@ def flash_attention(peer: bool, only: str):
           calls[direction][name] = call
     flops = batch * heads * length**2 * (WIDTH + VALUE_WIDTH)
     for direction, work in (('forward', flops), ('backward', 2.5 * flops)):
-      report('flash_attention', shape, chosen(attention_registry, q, k, v), timing.alternate(calls[direction]), work,
+      report('flash_attention', shape, attention_registry.best(q, k, v).name, timing.alternate(calls[direction]), work,
              direction=direction, error=errors[direction])
 
 
@@ -141,15 +141,9 @@ def mla_decode(peer: bool, only: str):
     seconds = sum(kernels.values()) if timing.on_gpu() else wall
     flops = 2 * batch * tokens * heads * keys * (2 * LATENT + ROPE)
     moved = cache_bytes + 2 * batch * tokens * heads * (2 * LATENT + ROPE)
-    report('mla_decode', shape, chosen(decode_registry, q, pages, value_width=LATENT), {'ours': seconds}, flops,
+    report('mla_decode', shape, decode_registry.best(q, pages, value_width=LATENT).name, {'ours': seconds}, flops,
            tbytes=moved / seconds / 1e12, fraction_of_copy=moved / seconds / timing.copy_limit(), error=error,
            **(dict(peer='FlashMLA is not to be had for jax') if peer else {}), **fields)
-
-
-def chosen(registry, *operands, **facts) -> str:
-  """Name of the implementation that None means for these operands."""
-  target = dispatch.platform(*operands)
-  return next(i.name for i in registry.all if i.reason_against(target, *operands, **facts) is None)
 
 
 def report(op, shape, implementation, seconds, flops, **fields):

@@ -14,7 +14,8 @@ import numpy as np
 
 from benchmarks import timing
 from pallas_kernels import grouped_matmul, grouped_matmul_fp8, quantise_blocks, quantise_tiles
-from pallas_kernels.grouped_matmul import gpu, xla
+from pallas_kernels.grouped_matmul import gpu, registry, xla
+from pallas_kernels.grouped_matmul.fp8 import registry as quantising_registry
 from pallas_kernels.grouped_matmul.scales import quantise_tokens
 
 # Groups, rows, contraction, columns. On a CPU a small one.
@@ -75,7 +76,8 @@ def measure(groups, m, k, n, load, peer):
               'gradient to lhs': lambda: torch._grouped_mm(d, b.transpose(1, 2), offs=ends),
               'gradient to rhs': lambda: torch._grouped_mm(a.t(), d, offs=ends)}
   for op, call in ours.items():
-    report('grouped_matmul', op, (groups, m, k, n), load, call, 'torch._grouped_mm', theirs.get(op))
+    report('grouped_matmul', op, (groups, m, k, n), load, registry.best(lhs, rhs).name, call, 'torch._grouped_mm',
+           theirs.get(op))
 
 
 def measure_fp8(groups, m, k, n, load, peer):
@@ -94,15 +96,16 @@ def measure_fp8(groups, m, k, n, load, peer):
     multiply = jax.jit(_times_transpose)
     operands = x, w, sizes_G, x_scales, w_scales
     expected = functools.partial(_times_transpose, out_dtype=jnp.float32, implementation='xla')
-    line('grouped_matmul FP8', direction, ours=functools.partial(multiply, *operands),
-         peer='torch._scaled_grouped_mm, a scale a row',
+    line('grouped_matmul FP8', direction, implementation=registry.best(x, w.swapaxes(1, 2)).name,
+         ours=functools.partial(multiply, *operands), peer='torch._scaled_grouped_mm, a scale a row',
          theirs=_scaled_grouped_mm(x, w, sizes) if peer else None, error=error(multiply(*operands), expected, operands))
 
   # dw = x^T dy, in tiles of 128 tokens; both with the tokens of a tile innermost.
   tokens = jax.jit(lambda x, sizes_G: _transposed(*quantise_tokens(x, sizes_G)))
   operands = *tokens(lhs, sizes_G), *tokens(dy, sizes_G), sizes_G
-  multiply = jax.jit(functools.partial(_rhs_gradient, gpu if timing.on_gpu() else xla, dtype=jnp.bfloat16))
-  line('grouped_matmul FP8', 'gradient to rhs', ours=functools.partial(multiply, *operands),
+  name, kernels = ('gpu', gpu) if timing.on_gpu() else ('xla', xla)
+  multiply = jax.jit(functools.partial(_rhs_gradient, kernels, dtype=jnp.bfloat16))
+  line('grouped_matmul FP8', 'gradient to rhs', implementation=name, ours=functools.partial(multiply, *operands),
        error=error(multiply(*operands), functools.partial(_rhs_gradient, xla, dtype=jnp.float32), operands))
 
   def whole(op):
@@ -111,7 +114,8 @@ def measure_fp8(groups, m, k, n, load, peer):
       return y, transpose(dy)
     return functools.partial(jax.jit(forward_and_gradients), lhs, rhs, dy, sizes_G)
 
-  line('grouped_matmul_fp8', 'all three, quantising too', products=3, ours=whole(grouped_matmul_fp8),
+  line('grouped_matmul_fp8', 'all three, quantising too', products=3,
+       implementation=quantising_registry.best(lhs, rhs).name, ours=whole(grouped_matmul_fp8),
        peer='grouped_matmul in bfloat16', theirs=whole(grouped_matmul))
 
 
@@ -144,7 +148,7 @@ def error(actual, expected, operands) -> float:
     return timing.relative_error(actual, jax.jit(expected)(*operands))
 
 
-def report(op, direction, shape, load, ours, peer=None, theirs=None, products=1, **fields):
+def report(op, direction, shape, load, implementation, ours, peer=None, theirs=None, products=1, **fields):
   """Times ours and, if there, theirs (of torch or of jax), and prints the line; each makes `products` products."""
   calls = {'ours': (ours, _wait)}
   if theirs:
@@ -155,7 +159,7 @@ def report(op, direction, shape, load, ours, peer=None, theirs=None, products=1,
   if theirs:
     fields |= dict(peer=peer, peer_ms=seconds['theirs'] * 1e3, peer_over_ours=seconds['theirs'] / seconds['ours'])
   timing.print_line(op=op, direction=direction, hardware=timing.hardware(), shape=_name(*shape),
-                    load=load, implementation=grouped_matmul.implementations()[0], ms=seconds['ours'] * 1e3,
+                    load=load, implementation=implementation, ms=seconds['ours'] * 1e3,
                     tflops=rate / 1e12, fraction_of_matmul=rate / timing.matmul_limit(), **fields)
 
 

@@ -34,6 +34,7 @@ from benchmarks import timing
 from mla_jax.config import ModelConfig
 from mla_jax.model import experts, layers, moe
 from pallas_kernels import grouped_matmul, swiglu, swiglu_gradients
+from pallas_kernels.grouped_matmul import registry
 
 TOKENS = flags.DEFINE_integer('tokens', 0, 'In sequences of 4096; 0: 32768 on an accelerator, 512 on a CPU')
 TRACE = flags.DEFINE_string('trace', '', 'Folder for a profile of the whole layer, whose kernels are then printed')
@@ -87,6 +88,8 @@ class Layer:
 
     self.forward, self.both = jax.jit(forward), jax.jit(both)
     self.inputs = self.params, self.x_BTD, self.bias_E, self.valid_BT
+    wi_ED2F = self.params['wi_ED2F'].reshape(*self.params['wi_ED2F'].shape[:2], -1)
+    self.implementation = registry.best(self.x_BTD.reshape(-1, c.hidden_size), wi_ED2F).name
 
   def stages(self):
     """Each with the results of those before it."""
@@ -233,7 +236,7 @@ def main(_):
   tokens = TOKENS.value or (32768 if large else 512)
   layer = Layer(tokens, large)
   c = layer.config
-  common = dict(benchmark='moe_layer', hardware=timing.hardware(), implementation=grouped_matmul.implementations()[0],
+  common = dict(benchmark='moe_layer', hardware=timing.hardware(), implementation=layer.implementation,
                 shape=f'T{tokens} D{c.hidden_size} E{c.n_routed_experts} X{c.num_experts_per_tok} '
                       f'F{c.moe_intermediate_size} {layer.x_BTD.dtype}')
   whole = {

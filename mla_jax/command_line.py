@@ -28,6 +28,10 @@ def parse(argv: list[str], config_flag: flags.FlagHolder | None = None) -> list[
   except (flags.Error, TypeError, ValueError) as e:
     missing = re.match(r'flag (--\S+)=None', str(e))
     _fail(f'{missing[1]} is missing' if missing else e)
+  except Exception as e:  # whatever running the config file raises
+    if '--debug' in argv:
+      raise
+    _fail(f'the file of --config can not be run: {type(e).__name__}: {e}; --debug shows where')
   if len(rest) > 1:
     _fail(f'{rest[1]!r} is no flag; flags begin with --')
   return rest
@@ -48,10 +52,12 @@ def _check_config_flags(arguments: list[str]):
 
 
 def run(main, config_flag: flags.FlagHolder | None = None):
-  """Runs `main(argv)` and exits with what it returns. A ConfigError is one line and exit code 2; with --debug all
-  errors show their stack."""
+  """Runs `main(argv)` and exits with what it returns. A ConfigError or an OSError is one line and exit code 2; with
+  --debug all errors show their stack."""
   # Our own libraries speak; Orbax and others, which share absl's logger, only warn.
   absl_logging.set_verbosity(absl_logging.WARNING)
+  # Orbax logs the stack of an error in each of its threads and raises it too; whoever gets it says it in one line.
+  absl_logging.get_absl_handler().addFilter(lambda record: record.exc_info is None or flags.FLAGS.debug)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   for library in ('mla_jax', 'pallas_kernels'):
@@ -64,7 +70,7 @@ def run(main, config_flag: flags.FlagHolder | None = None):
       return main(argv)
     try:
       return main(argv)
-    except ConfigError as e:
+    except (ConfigError, OSError) as e:
       _fail(e)
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)

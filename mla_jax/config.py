@@ -36,6 +36,12 @@ def _at_least(section, prefix: str, **limits):
     _require(value >= limit, f'{prefix}.{name}={value} is below {limit}; use at least {limit}')
 
 
+def _positive(section, prefix: str, **examples):
+  for name, example in examples.items():
+    value = getattr(section, name)
+    _require(value > 0, f'{prefix}.{name}={value} is not positive; use e.g. {example}')
+
+
 @dataclasses.dataclass
 class RopeScaling:
   """YaRN (arXiv 2309.00071) as the DeepSeek checkpoints set it. factor 1 switches it off."""
@@ -145,7 +151,9 @@ class ModelConfig:
   def validate(self):
     _at_least(self, 'model', vocab_size=2, hidden_size=1, num_hidden_layers=1, num_attention_heads=1,
               max_position_embeddings=1, intermediate_size=1, first_k_dense_replace=0, n_routed_experts=0,
-              n_shared_experts=0, num_nextn_predict_layers=0, q_lora_rank=0, v_head_dim=1, aux_loss_alpha=0)
+              n_shared_experts=0, num_nextn_predict_layers=0, q_lora_rank=0, v_head_dim=1, aux_loss_alpha=0,
+              initializer_range=0)
+    _positive(self, 'model', rope_theta=10000, rms_norm_eps=1e-6)
     _one_of('model.attention', self.attention, ATTENTIONS)
     if self.attention == 'mla':
       _at_least(self, 'model', kv_lora_rank=1, qk_nope_head_dim=1, qk_rope_head_dim=2)
@@ -234,10 +242,11 @@ class OptimizerConfig:
   moment_dtype: str = 'float32'
 
   def validate(self):
-    _require(self.learning_rate > 0, f'optimizer.learning_rate={self.learning_rate} is not positive; use e.g. 2.2e-4')
-    _require(self.clip_norm > 0, f'optimizer.clip_norm={self.clip_norm} is not positive; use e.g. 1.0')
+    _positive(self, 'optimizer', learning_rate=2.2e-4, clip_norm=1.0, epsilon=1e-8)
     _at_least(self, 'optimizer', warmup_tokens=0, constant_until_tokens=0, cosine_until_tokens=0, end_learning_rate=0,
-              final_from_tokens=0, final_learning_rate=0, weight_decay=0)
+              final_from_tokens=0, final_learning_rate=0, weight_decay=0, step_decay_factor=0)
+    _require(all(isinstance(at, int | float) and at >= 0 for at in self.step_decay_at_tokens),
+             f'optimizer.step_decay_at_tokens={self.step_decay_at_tokens} are no numbers of tokens; use 0 or more')
     for name in ('beta1', 'beta2'):
       value = getattr(self, name)
       _require(0 <= value < 1, f'optimizer.{name}={value} is outside [0, 1); use e.g. 0.9')
@@ -276,7 +285,8 @@ class TrainingConfig:
   def validate(self):
     _at_least(self, 'training', steps=1, batch_size=1, sequence_length=2, gradient_accumulation=1, batch_ramp_start=0,
               batch_ramp_tokens=0, log_interval=1, eval_interval=1, eval_batches=1, checkpoint_interval=1,
-              keep_checkpoints=1, mtp_loss_weight=0, mtp_loss_weight_after=0, bias_update_speed=0, seed=0)
+              keep_checkpoints=1, mtp_loss_weight=0, mtp_loss_weight_after=0, bias_update_speed=0, seed=0,
+              mtp_loss_switch_tokens=0, bias_freeze_tokens=0)
     _one_of('training.compute_dtype', self.compute_dtype, DTYPES)
     _one_of('training.remat', self.remat, REMAT)
     _require(self.batch_size % self.gradient_accumulation == 0,
@@ -335,6 +345,8 @@ class Config:
     self.optimizer.validate()
     self.data.validate()
     self.mesh.validate(self.model)
+    for key, value in leaf_keys(self).items():
+      _require(not isinstance(value, float) or math.isfinite(value), f'{key}={value} is not finite; use a number')
     limit = self.model.max_position_embeddings
     _require(self.training.sequence_length <= limit,
              f'training.sequence_length={self.training.sequence_length} is above the model\'s '
@@ -348,6 +360,7 @@ def to_dict(config) -> dict:
 
 def from_dict(kind, values: dict, prefix: str = ''):
   """Rebuilds a dataclass from `to_dict`'s output; an unknown key is an error that names the nearest right ones."""
+  _require(isinstance(values, dict), f'{prefix.rstrip(".") or "config"}={values!r} is no JSON object of settings')
   fields = {field.name: field for field in dataclasses.fields(kind)}
   arguments = {}
   for key, value in values.items():

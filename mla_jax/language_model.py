@@ -1,7 +1,6 @@
 """LanguageModel: load a run or a Hugging Face directory, then generate, stream, score."""
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from flax import nnx
 
 from mla_jax.checkpoint import carried, hugging_face, store
 from mla_jax.checkpoint.agreement import weight_dtype
+from mla_jax.checkpoint.tensor_files import HFError, read_json
 from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.decoding.engine import Decoder, Run, Stats
@@ -61,8 +61,8 @@ class LanguageModel:
     asked for. Raises ConfigError, one line."""
     path, dtype = Path(path).expanduser(), weight_dtype(dtype)
     try:
-      stored = json.loads((path / 'config.json').read_text())
-    except (OSError, ValueError) as error:
+      stored = read_json(path / 'config.json')
+    except HFError as error:
       raise ConfigError(f'{path} holds no readable config.json ({error}); '
                         'give a workdir of train.py or a Hugging Face model directory') from None
     if 'training' in stored:

@@ -22,6 +22,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFor
 
 from mla_jax.checkpoint.store import read_config
 from mla_jax.config import Config, ConfigError
+from mla_jax.files import read_records
 from mla_jax.model.transformer import count_parameters
 
 # Okabe and Ito's colours, told apart by colour-blind people; lines differ in shape as well.
@@ -73,13 +74,11 @@ def read_run(workdir: str | pathlib.Path) -> Run:
   if not file.exists():
     raise ConfigError(f'{file} does not exist, so there is nothing to draw; train in {workdir} or name another run')
   records = []
-  for number, line in enumerate(file.read_text().splitlines(), 1):
-    try:
-      record = json.loads(line)
-      record['step'] + 0  # a record without a step can't be placed
-      records.append(record)
-    except (json.JSONDecodeError, TypeError, KeyError):
+  for number, line, record in read_records(file):
+    if record is None:
       logging.warning('%s line %d is no record and is left out: %.60r', file, number, line)
+    else:
+      records.append(record)
   return Run(workdir.resolve().name, config, records)
 
 

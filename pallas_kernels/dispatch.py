@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +101,11 @@ class Registry:
     reasons = {i.name: i.reason_unavailable(target) for i in self.all}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
+  def best(self, *operands, **facts) -> Implementation:
+    """The implementation that None means for these operands."""
+    target = platform(*operands)
+    return next(i for i in self.all if i.reason_against(target, *operands, **facts) is None)
+
   def choose(self, name: str | None, *operands, **facts):
     """The kernels of the implementation `name`, or of the best one for the platform and operands when it is None.
 
@@ -111,7 +117,7 @@ class Registry:
     reasons = {i.name: i.reason_against(target, *operands, **facts) for i in self.all}
     usable = [name for name, reason in reasons.items() if reason is None]
     if name is None:
-      chosen = next(i for i in self.all if i.name in usable)
+      chosen = self.best(*operands, **facts)
       better = [f'{i.name}: {reasons[i.name]}' for i in self.all[:self.all.index(chosen)]]
       said = (chosen.name, target, *better)
       if said not in self._said:
@@ -138,6 +144,43 @@ class Registry:
 
 def _listed(names) -> str:
   return ', '.join(repr(n) for n in names)
+
+
+def refuse_empty(op, **arrays):
+  """Raises ValueError for an array without elements; None passes."""
+  for name, x in arrays.items():
+    if x is not None and 0 in x.shape:
+      raise ValueError(f'{op}: {name} {list(x.shape)} has an empty axis, so there is nothing to compute; skip the call')
+
+
+def known_number(op, name, value) -> float:
+  """Raises ValueError for a number that tracing does not know: kernels are compiled for it."""
+  if isinstance(value, jax.core.Tracer):
+    raise ValueError(f'{op}: {name} is traced and must be known when tracing; make it a static argument')
+  return float(value)
+
+
+def refuse_gradients(reason, arrays):
+  """The arrays; whoever differentiates what is made of them gets NotImplementedError(reason)."""
+  @jax.custom_jvp
+  def same(arrays):
+    return arrays
+
+  @same.defjvp
+  def _(primals, tangents):
+    raise NotImplementedError(reason)
+
+  return same(arrays)
+
+
+def operands(*arrays):
+  """What every implementation of an op is given: jax's arrays (NumPy's cannot be indexed by what is traced), integers
+  as int32 (narrower ones overflow in sums, unsigned ones in differences), varying alike (`align_varying`)."""
+  def one(x):
+    x = None if x is None else jnp.asarray(x)
+    return x.astype(jnp.int32) if x is not None and jnp.issubdtype(x.dtype, jnp.integer) else x
+
+  return align_varying(*map(one, arrays))
 
 
 def align_varying(*operands):

@@ -161,6 +161,8 @@ def _normal(rng, shape, dtype):
 
 WIDE = {'dtype': 'bfloat16', 'heads': 1, 'h': 192, 'v': 128, 'scale': 0.07}  # what the kernels for Hopper take
 
+GPU = {'c': 128, 'r': 64, 'dtype': 'bfloat16'}  # likewise, of a cache
+
 CASES = {
   'grouped_matmul': (
     grouped_matmul_case('uneven groups and a tail', (5, 0, 17, 1, 20)),
@@ -210,13 +212,15 @@ CASES = {
     mla_decode_case('verify drafts', (3, 272, 2, 40), t=3, max_pages=17),
     mla_decode_case('short table', (3, 40), t=2, max_pages=3),
     mla_decode_case('bfloat16', (3, 272, 2, 40), t=3, max_pages=17, dtype='bfloat16'),
-    # Widths a GPU kernel takes, a request long enough to be split, more rows than a tile and fewer than two.
-    mla_decode_case('bfloat16, tiles of a GPU', (700, 0, 40), t=5, max_pages=12, page=64, heads=16, c=128, r=64,
-                    dtype='bfloat16', scale=-0.05),
-    mla_decode_case('bfloat16, one tile of a GPU, small pages', (130, 64, 1, 0), t=1, max_pages=9, heads=16, c=128, r=64,
-                    dtype='bfloat16'),
-    mla_decode_case('bfloat16, three tiles of a GPU, large pages', (200, 3), t=3, max_pages=2, page=128, heads=48, c=128,
-                    r=64, dtype='bfloat16'),
+    # Widths a GPU kernel takes; more rows than a tile and fewer than two.
+    mla_decode_case('bfloat16, tiles of a GPU', (700, 0, 40), t=5, max_pages=12, page=64, heads=16, scale=-0.05, **GPU),
+    mla_decode_case('bfloat16, one tile of a GPU, small pages', (130, 64, 1, 0), t=1, max_pages=9, heads=16, **GPU),
+    mla_decode_case('bfloat16, three tiles of a GPU, large pages', (200, 3), t=3, max_pages=2, page=128, heads=48,
+                    **GPU),
+    mla_decode_case('bfloat16, tiles of a GPU, a cut request', (2600, 0, 40), t=5, max_pages=82, page=32, heads=16,
+                    **GPU),
+    mla_decode_case('bfloat16, one tile of a GPU, wide latent', (300,), t=1, max_pages=5, page=64, heads=16,
+                    **{**GPU, 'c': 512}),
     mla_decode_case('bfloat16 cache, float32 queries', (3, 40), t=2, max_pages=3, cache_dtype='bfloat16'),
   ),
 }

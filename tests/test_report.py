@@ -177,9 +177,11 @@ def test_torn_and_foreign_lines_are_left_out_and_said(tmp_path, caplog):
   records = synthetic_records()[:3]
   records[1] |= dict(main_loss=float('nan'), grad_norm=float('inf'), learning_rate=None, layer_violations=None)
   del records[2]['mtp_loss']
-  tail = '[1]\n{"loss": 1}\n' + json.dumps(records[0])[:50]
+  folder = make_run(tmp_path / 'torn', records, tail='[1]\n{"loss": 1}\n')
+  with (folder / 'metrics.jsonl').open('ab') as file:
+    file.write(b'\xff' + json.dumps(records[0])[:50].encode())
   with caplog.at_level('WARNING'):
-    run = report.read_run(make_run(tmp_path / 'torn', records, tail=tail))
+    run = report.read_run(folder)
   assert [r['step'] for r in run.records] == [10, 20, 30]
   assert [re.search(r'line (\d)', m.getMessage())[1] for m in caplog.records] == ['4', '5', '6']
   assert run.series('main_loss')[0].tolist() == [10, 30]
@@ -218,7 +220,7 @@ def test_dense_run_and_diverged_run(tmp_path):
 
 @pytest.mark.parametrize(('missing', 'line'), [
     ('metrics.jsonl', r'metrics\.jsonl does not exist, so there is nothing to draw; .*'),
-    ('config.json', r'config\.json does not exist, so .* is no run; .*')])
+    ('config.json', r'config\.json does not exist, so .* is no run; train one there or name another')])
 def test_folder_that_is_no_run_is_one_line(tmp_path, capsys, missing, line):
   folder = make_run(tmp_path / 'run', [])
   (folder / missing).unlink()

@@ -366,7 +366,7 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
       config, params, buffers = store.read_run(source)
       save(target, config.model, params, buffers, dtype=flag_values.dtype, fp8=flag_values.fp8,
            tokenizer=source / 'tokenizer')
-  except ConfigError as error:
+  except (ConfigError, OSError) as error:
     print(f'hugging_face: error: {error}', file=sys.stderr)
     return 2
   print(f'{target}: written')

@@ -331,7 +331,7 @@ def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
     tokens_BT = read_calibration(source, f.calibration, f.sequences, f.length)
     run(source, target, tokens_BT, rank=f.kv_lora_rank, rope_width=f.rope_width, fold=f.fold,
         latent_norm=f.latent_norm, dtype=f.dtype)
-  except ConfigError as error:
+  except (ConfigError, OSError) as error:
     print(f'transmla: error: {error}', file=sys.stderr)
     return 2
   print(f'{target}: written')

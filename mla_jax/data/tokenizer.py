@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mla_jax.config import ConfigError, DataConfig
 from mla_jax.data import sources
+from mla_jax.files import replace_text
 
 # The names each special token has in published tokenizers, ours first, then DeepSeek's.
 SPECIAL_NAMES = {
@@ -230,8 +231,8 @@ def _describe(tokenizer: Tokenizer, library: tokenizers.Tokenizer) -> dict:
 def _write(library: tokenizers.Tokenizer, folder: str | Path, config: dict):
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  library.save(str(folder / 'tokenizer.json'))
-  (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n')
+  replace_text(folder / 'tokenizer.json', library.to_str(pretty=True))
+  replace_text(folder / 'tokenizer_config.json', json.dumps(config, indent=2, ensure_ascii=False) + '\n')
 
 
 def define_flags(flag_values: flags.FlagValues):
@@ -246,18 +247,20 @@ def define_flags(flag_values: flags.FlagValues):
   flags.DEFINE_string('output', None, 'Folder that gets tokenizer.json.', flag_values=flag_values, required=True)
 
 
-def main(_: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
+def main(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> int:
   output = Path(flag_values.output)
   data = DataConfig(source=flag_values.source, path=flag_values.path, text_key=flag_values.text_key,
                     held_out_fraction=flag_values.held_out_fraction)
   try:
+    if len(argv) > 1:
+      raise ConfigError(f'{argv[1]!r} is no flag; flags begin with --')
     if (output / 'tokenizer.json').exists():
       raise ConfigError(f'--output={output} already holds a tokenizer.json; choose another folder')
     tokenizer = train_bpe(data, flag_values.vocab_size)
     tokenizer.save(output)
   except (ConfigError, OSError) as error:
-    print(error, file=sys.stderr)
-    return 1
+    print(f'tokenizer: error: {error}', file=sys.stderr)
+    return 2
   print(f'{output / "tokenizer.json"}: {tokenizer.vocab_size} tokens; use it with --config.data.tokenizer={output}')
   return 0
 

@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mla_jax.config import Config
+from mla_jax.files import read_records, replace_text
 from mla_jax.training.schedule import BatchSchedule
 from mla_jax.training.throughput import flops_per_token, peak_flops
 
@@ -24,20 +25,10 @@ LIBRARIES = ('mla_jax', 'pallas_kernels')  # whose loggers speak to the person a
 
 
 def truncate_metrics(file: pathlib.Path, step: int):
-  """Cuts metrics.jsonl back to `step`; a line torn by a crash goes too. Written aside, then renamed."""
-  if not file.exists():
-    return
-  kept = []
-  for line in file.read_text().splitlines():
-    try:
-      entry = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if entry['step'] <= step:
-      kept.append(line)
-  partial = file.with_suffix('.partial')
-  partial.write_text(''.join(line + '\n' for line in kept))
-  partial.rename(file)
+  """Cuts metrics.jsonl back to `step`; a line torn by a crash goes too."""
+  if file.exists():
+    kept = [line for _, line, record in read_records(file) if record is not None and record['step'] <= step]
+    replace_text(file, ''.join(line + '\n' for line in kept))
 
 
 class Recorder:
@@ -50,6 +41,7 @@ class Recorder:
     self._flops = flops_per_token(config.model, config.training.sequence_length)
     self._peak = peak_flops()
     self._seconds, self._since, self._counted = 0.0, None, first_step
+    self._skipped = 0  # steps, as the person was last told
     self._entry = None  # written one record late, so that an evaluation of the same step joins it
 
   def __enter__(self):
@@ -114,6 +106,10 @@ class Recorder:
       entry['max_violation'] = None
     self._entry = entry
     self._show(entry)
+    if entry['skipped_steps'] > self._skipped:
+      self._skipped = entry['skipped_steps']
+      log.warning('%d steps up to step %d changed nothing, because their gradient was not finite; if it goes on, '
+                  'lower optimizer.learning_rate', self._skipped, step)
     self._start_clock()
 
   def _rates(self, step: int) -> dict:
@@ -126,10 +122,11 @@ class Recorder:
     return dict(tokens_per_second=rate, step_seconds=seconds / done, mfu=mfu)
 
   def _show(self, entry: dict):
-    said = f'loss {entry["main_loss"]:.3f}, '
+    said = f'loss {entry["main_loss"]:.3f}'
     if self._config.model.num_nextn_predict_layers:
-      said += f'MTP {entry["mtp_loss"]:.3f}, '
-    said += f'{entry["tokens_per_second"] or 0:,.0f} tokens/s'
+      said += f', MTP {entry["mtp_loss"]:.3f}'
+    if entry['tokens_per_second'] is not None:
+      said += f', {entry["tokens_per_second"]:,.0f} tokens/s'
     self._bar.set_postfix_str(said)
     if self._bar.disable:
       log.info('step %d of %d: %s', entry['step'], self._config.training.steps, said)

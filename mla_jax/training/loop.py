@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from mla_jax import axes
-from mla_jax.checkpoint import hugging_face, store
+from mla_jax.checkpoint import hugging_face, store, tensor_files
 from mla_jax.config import Config, ConfigError, leaf_keys, to_dict
 from mla_jax.data import pipeline
 from mla_jax.data.tokenizer import load_tokenizer
+from mla_jax.files import replace_text
 from mla_jax.model import transformer
 from mla_jax.training import schedule
 from mla_jax.training.hooks import Recorder
@@ -47,7 +48,8 @@ def train(config: Config, workdir: str, *, init_from: str = '', allow_older_chec
   optimizer = make_optimizer(config.optimizer, axes.letters_of(model.params))
   checkpoints = store.Store(_open_workdir(workdir, config, tokenizer), config.training.keep_checkpoints)
   plan = schedule.BatchSchedule(config.training)
-  first = checkpoints.usable_step(allow_older=allow_older_checkpoint)
+  first = checkpoints.usable_step(
+      allow_older=allow_older_checkpoint, way_out='pass --allow_older_checkpoint to continue from step {older}')
   if first is None:
     first = 0
     state = initial_state(config.model, optimizer, config.training.seed, mesh)
@@ -131,21 +133,26 @@ def _open_workdir(workdir: pathlib.Path, config: Config, tokenizer) -> pathlib.P
   """Writes what identifies the run, or compares it with what is there."""
   facts, file, data_file = to_dict(config), workdir / 'config.json', workdir / 'data.json'
   data = dict(source=config.data.source, digest=pipeline.source_digest(config.data))
-  if file.exists():
-    before, now = leaf_keys(store.read_config(workdir)), leaf_keys(config)
+  before = leaf_keys(store.read_config(workdir)) if file.exists() else {}  # what is no run's is not overwritten
+  # Until something is saved there is nothing to be true to: a start that failed must not bind the next one.
+  if before and store.saved_steps(workdir):
+    now = leaf_keys(config)
     changed = [key for key in now if before.get(key) != now[key]]
     if fixed := [key for key in changed if key.startswith(FIXED)]:
       told = ', '.join(f'{key} (was {before.get(key)!r}, now {now[key]!r})' for key in fixed[:4])
       raise ConfigError(f'{workdir} was started with another {told}; use the old values or another --workdir')
     for key in changed:
       log.warning('resuming with another %s: was %r, now %r', key, before.get(key), now[key])
-    if data_file.exists() and json.loads(data_file.read_text()) != data:
+    if data_file.exists() and tensor_files.read_json(data_file) != data:
       raise ConfigError(f'the files of data.source={config.data.source!r} are not those that {workdir} was started '
                         f'with (their digest differs from {data_file}); restore them or use another --workdir')
-  workdir.mkdir(parents=True, exist_ok=True)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise ConfigError(f'--workdir={workdir} can\'t be made a folder ({e.strerror}); name another') from e
   tokenizer.save(workdir / 'tokenizer')
-  data_file.write_text(json.dumps(data, indent=1))
-  file.write_text(json.dumps(facts, indent=1))
+  replace_text(data_file, json.dumps(data, indent=1))
+  replace_text(file, json.dumps(facts, indent=1))
   return workdir
 
 

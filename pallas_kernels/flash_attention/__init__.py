@@ -53,9 +53,10 @@ def flash_attention(q_BTNH, k_BSNH, v_BSNV, *, scale, causal=True, q_segments=No
   """
   _check(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments)
   run = registry.choose(implementation, q_BTNH, k_BSNH, v_BSNV)
-  operands = dispatch.align_varying(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments)
+  scale = dispatch.known_number('flash_attention', 'scale', scale)
+  operands = dispatch.operands(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments)
   with jax.named_scope('flash_attention'):
-    o_BTNV, lse_BTN = run(*operands, float(scale), bool(causal))
+    o_BTNV, lse_BTN = run(*operands, scale, bool(causal))
   return (o_BTNV, lse_BTN) if return_lse else o_BTNV
 
 
@@ -67,6 +68,7 @@ def _check(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments):
   if k_BSNH.shape != (b, s, n, h) or v_BSNV.shape[:3] != (b, s, n):
     raise ValueError(f'flash_attention: {shapes} must be [B, T, N, H], [B, S, N, H] and [B, S, N, V]; '
                      'repeat shared key and value heads first')
+  dispatch.refuse_empty('flash_attention', q=q_BTNH, k=k_BSNH, v=v_BSNV)
   if not q_BTNH.dtype == k_BSNH.dtype == v_BSNV.dtype:
     raise ValueError(f'flash_attention: q, k, v are {q_BTNH.dtype}, {k_BSNH.dtype}, {v_BSNV.dtype}; cast to one dtype')
   if (q_segments is None) != (kv_segments is None):

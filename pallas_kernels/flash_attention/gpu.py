@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import dispatch, mosaic_gpu
 from pallas_kernels.flash_attention import gpu_backward
 from pallas_kernels.flash_attention.gpu_tiles import ROWS, Attention, items, padded_ids, whole_swizzles
 from pallas_kernels.mosaic_gpu import ROW, accumulator, across, any_in_warp, tiles, wait_for, zeros
@@ -36,7 +36,7 @@ def unsuitable(q_BTNH, k_BSNH, v_BSNV) -> str | None:
   width, value_width = q_BTNH.shape[3], v_BSNV.shape[3]
   if width not in (64, 128, 192) or value_width not in (64, 128):
     return f'it takes widths 64, 128 or 192 of q with 64 or 128 of v, and these are {width} and {value_width}'
-  return 'it takes no empty arrays' if 0 in (*q_BTNH.shape, *k_BSNH.shape) else None
+  return dispatch.divided(q_BTNH, k_BSNH, v_BSNV)
 
 
 def forward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal):
@@ -69,7 +69,7 @@ def _call(q_BTNH, k_BSNH, v_BSNV, q_segments, scale, causal):
   batch, t, heads, width = q_BTNH.shape
   sign = int(np.sign(scale))
   call = Attention(batch, heads, t, k_BSNH.shape[1], width, v_BSNV.shape[3], abs(scale) or 1.0, causal,
-                   q_segments is not None)
+                   q_segments is not None, mosaic_gpu.multiprocessors(q_BTNH))
   return call, sign
 
 

@@ -20,6 +20,7 @@ NOBODY = {'queries': -1, 'keys': -2}  # segments of padding
 class Attention:
   """One call: query t of T sees keys <= t + S - T if it is causal, of its own segment if it is segmented.
 
+  programs: at most so many run, one a streaming multiprocessor.
   tile: rows of a program's tile, of queries (side 'queries') or of keys; block: rows of the other side in one step.
   """
 
@@ -32,6 +33,7 @@ class Attention:
   scale: float
   causal: bool
   segmented: bool
+  programs: int = 132
 
   @property
   def lag(self):
@@ -56,7 +58,7 @@ class Attention:
     most = max(1, int(L2_SHARE / (max(self.t, self.s) * 2 * (self.width + self.value_width))))
     # What a tile costs beyond its blocks, loading its own rows and writing the result, is about one block more.
     schedule = mosaic_gpu.balanced_schedule(tuple(int(n) + 1 for n in blocks[:, 1]), self.batch * self.heads, most,
-                                            mosaic_gpu.multiprocessors())
+                                            self.programs)
     items = np.zeros((len(schedule), max(map(len, schedule)), 2), np.int32)
     for row, own in zip(items, schedule, strict=True):
       row[:len(own)] = own

@@ -63,21 +63,12 @@ def grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales=None, rhs_scales=N
   run = registry.choose(implementation, lhs_MK, rhs_GKN)
   fp8 = lhs_scales is not None
   out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if fp8 else lhs_MK.dtype))
-  arrays = dispatch.align_varying(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales)
+  arrays = dispatch.operands(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales)
   if fp8:
-    arrays = _without_gradients(arrays)
+    arrays = dispatch.refuse_gradients(
+      'grouped_matmul has no gradients for FP8 operands; grouped_matmul_fp8 quantises and has', arrays)
   with jax.named_scope('grouped_matmul'):
     return run(*arrays, out_dtype, bool(zero_tail))
-
-
-@jax.custom_jvp
-def _without_gradients(arrays):
-  return arrays
-
-
-@_without_gradients.defjvp
-def _(primals, tangents):
-  raise NotImplementedError('grouped_matmul has no gradients for FP8 operands; grouped_matmul_fp8 quantises and has')
 
 
 def _check(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales):
@@ -91,6 +82,6 @@ def _check(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales):
     return
   for name, scales, shape in (('lhs_scales', lhs_scales, (m, -(-k // 128))),
                               ('rhs_scales', rhs_scales, (groups, -(-k // 128), -(-n // 128)))):
-    if scales is None or scales.shape != shape:
-      raise ValueError(f'grouped_matmul: {name} is {None if scales is None else list(scales.shape)} and must be '
-                       f'{list(shape)} for FP8 operands')
+    if scales is None or scales.shape != shape or scales.dtype != jnp.float32:
+      raise ValueError(f'grouped_matmul: {name} is {None if scales is None else f"{scales.dtype}{list(scales.shape)}"} '
+                       f'and must be float32{list(shape)} for FP8 operands')

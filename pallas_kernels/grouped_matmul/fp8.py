@@ -91,12 +91,11 @@ def grouped_matmul_fp8(lhs_BK, rhs_GKN, group_sizes_G, order_M=None, powers_of_t
     if x.dtype.name not in ('bfloat16', 'float16', 'float32'):
       raise ValueError(f'grouped_matmul_fp8: {name} is {x.dtype} and must be bfloat16, float16 or float32; '
                        'grouped_matmul takes what is quantised already')
-  if order_M is not None and (order_M.ndim != 1 or len(order_M) % len(lhs_BK) or order_M.dtype != jnp.int32):
+  if order_M is not None and (order_M.ndim != 1 or not len(order_M) or len(order_M) % len(lhs_BK)
+                              or order_M.dtype != jnp.int32):
     raise ValueError(f'grouped_matmul_fp8: order is {order_M.dtype}{list(order_M.shape)} and must be int32 [M], M a '
                      f"multiple of lhs's {len(lhs_BK)} rows")
   run = registry.choose(implementation, lhs_BK, rhs_GKN)
-  # NumPy's arrays cannot be indexed by what is traced.
-  arrays = jax.tree.map(jnp.asarray, (lhs_BK, rhs_GKN, group_sizes_G, order_M))
-  arrays = dispatch.align_varying(*arrays)
+  arrays = dispatch.operands(lhs_BK, rhs_GKN, group_sizes_G, order_M)
   with jax.named_scope('grouped_matmul_fp8'):
     return run(*arrays, bool(powers_of_two), jnp.dtype(out_dtype or lhs_BK.dtype), bool(zero_tail))

@@ -111,7 +111,7 @@ def rhs_gradient_tokens(lhs_PK, lhs_scales, dy_PN, dy_scales, group_sizes_G, out
     return pl.BlockSpec((None, *spec.block_shape), lambda *x: (spec.index_map(*x)[0], 0, spec.index_map(*x)[1]))
 
   return mosaic_tpu.call(
-    functools.partial(_rhs_gradient_tokens, factor_dtype=_factor_dtype(lhs_PK, chip)),
+    functools.partial(_rhs_gradient_tokens, factor_dtype=_factor_dtype(lhs_PK, dy_PN, chip)),
     (*visits[:4], lhs_PK, lhs_scales[:, None], dy_PN, dy_scales[:, None]), prefetched=4,
     name='grouped_matmul_rhs_gradient',
     grid=(pl.cdiv(k, tk), pl.cdiv(n, tn), visits[4]), dimensions=('parallel', 'parallel', 'arbitrary'),
@@ -140,9 +140,9 @@ def _rhs_gradient_tokens(_, group_V, start_G, end_G, lhs_mk, lhs_scales_1k, dy_m
     drhs_kn[...] = sum_kn[...].astype(drhs_kn.dtype)
 
 
-def _factor_dtype(x, chip):
-  """bfloat16 holds every FP8 number, and all generations multiply it."""
-  return x.dtype if chip.multiplies_fp8 else jnp.bfloat16
+def _factor_dtype(a, b, chip):
+  """bfloat16 holds the numbers of both FP8 formats, and all generations multiply it."""
+  return a.dtype if chip.multiplies_fp8 and a.dtype == b.dtype else jnp.bfloat16
 
 
 def _rows_times_group(x_MK, rhs_GKN, group_sizes_G, scales, out_dtype, zero_tail, rhs_transposed):
@@ -170,7 +170,7 @@ def _rows_times_group(x_MK, rhs_GKN, group_sizes_G, scales, out_dtype, zero_tail
                  pl.BlockSpec((None, scales[1].shape[1], tn), weights('gkn'))]
   contract = (1, 1) if rhs_transposed else (1, 0)
   return mosaic_tpu.call(
-    functools.partial(_rows_kernel, groups=groups, contract=contract, factor_dtype=_factor_dtype(x_MK, chip),
+    functools.partial(_rows_kernel, groups=groups, contract=contract, factor_dtype=_factor_dtype(x_MK, rhs_GKN, chip),
                       part=chip.matmul_part),
     (*visits, weights_V, x_MK, rhs_GKN, *scales), prefetched=5, grid=(pl.cdiv(n, tn), count),
     dimensions=('parallel', 'arbitrary'), in_specs=in_specs, out_shape=[((m, n), out_dtype)],

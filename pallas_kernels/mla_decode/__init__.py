@@ -34,7 +34,9 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, *, scale, value_width, pl
   """
   _check(q_BTNJ, pages_PSJ, table_BP, lengths_B, value_width)
   run = registry.choose(implementation, q_BTNJ, pages_PSJ, value_width=value_width)
-  operands = dispatch.align_varying(q_BTNJ, pages_PSJ, table_BP, lengths_B)
+  scale = dispatch.known_number('mla_decode', 'scale', scale)
+  operands = dispatch.operands(q_BTNJ, pages_PSJ, table_BP, lengths_B)
+  operands = dispatch.refuse_gradients('mla_decode has no gradients; flash_attention over expanded keys has', operands)
   with jax.named_scope('mla_decode'):
     o_BTNC, lse_BTN = run(*operands, plan, scale, value_width)
   return (o_BTNC, lse_BTN) if return_lse else o_BTNC
@@ -42,7 +44,8 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, *, scale, value_width, pl
 
 def make_plan(lengths_B, *, tokens, heads):
   """How a chip's processors share the work of `mla_decode` on these lengths, for all layers of a step. None where the
-  best implementation does not split work: `plan=None` is always right, and this only saves making the plan again."""
+  best implementation does not split work: `plan=None` is always right, and this only saves making the plan again. A
+  plan serves calls of these lengths, tokens and heads."""
   if 'gpu' in registry.implementations(dispatch.platform(lengths_B)):
     return gpu.make_plan(lengths_B, tokens * heads)
   return None
@@ -51,6 +54,7 @@ def make_plan(lengths_B, *, tokens, heads):
 def _check(q_BTNJ, pages_PSJ, table_BP, lengths_B, value_width):
   if q_BTNJ.ndim != 4 or pages_PSJ.ndim != 3 or q_BTNJ.shape[3] != pages_PSJ.shape[2]:
     raise ValueError(f'mla_decode: q {q_BTNJ.shape} and pages {pages_PSJ.shape} must be [B, T, N, J] and [P, page, J]')
+  dispatch.refuse_empty('mla_decode', q=q_BTNJ, pages=pages_PSJ, table=table_BP)
   batch, width = q_BTNJ.shape[0], q_BTNJ.shape[3]
   if not 1 <= value_width <= width:
     raise ValueError(f'mla_decode: value_width={value_width} must be between 1 and the cache width {width}')

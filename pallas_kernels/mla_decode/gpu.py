@@ -42,7 +42,11 @@ def _blocks(rows: int) -> int:
 
 def make_plan(lengths_B, rows: int) -> schedule.Plan:
   """For rows = T * N: one program a streaming multiprocessor, those of the same keys in one part."""
-  return schedule.make(lengths_B, max(1, multiprocessors(lengths_B) // _blocks(rows)))
+  return schedule.make(lengths_B, _most_parts(lengths_B, rows))
+
+
+def _most_parts(operand, rows: int) -> int:
+  return max(1, multiprocessors(operand) // _blocks(rows))
 
 
 def unsuitable(q_BTNJ, pages_PSJ, *, value_width) -> str | None:
@@ -74,8 +78,15 @@ def mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, plan, scale, value_width)
     q_BMJ, scale = q_BMJ * np.sign(scale).astype(q_BMJ.dtype), abs(scale) or 1.0
   q_BMJ = jnp.pad(q_BMJ, ((0, 0), (0, padded - rows), (0, 0)))
   plan = make_plan(lengths_B, rows) if plan is None else plan
+  parts, most = len(plan.begin_P2) - 1, _most_parts(q_BTNJ, rows)
+  # Programs that share a request wait for each other: all of them must be on the chip at once.
+  if parts > most or len(plan.parts_B2) != batch:
+    raise ValueError(f'mla_decode: the plan is of {parts} parts for {len(plan.parts_B2)} sequences, and this call '
+                     f'takes at most {most} for {batch}; make it with make_plan(lengths, tokens={t}, heads={heads})')
   kernel = _kernel(batch, padded, t, heads, width, value_width, pages_PSJ.shape, table_BP.shape[1],
-                   len(plan.begin_P2) - 1, q_BTNJ.dtype.name, float(scale))
+                   parts, q_BTNJ.dtype.name, scale)
+  # One after the other under vmap: a launch's programs find each other by semaphores that a second one would share.
+  kernel = jax.custom_batching.sequential_vmap(kernel)
   o_BMC, lse_BM, *_ = kernel(q_BMJ, pages_PSJ, table_BP.astype(jnp.int32), lengths_B, *plan)
   outputs = o_BMC[:, :rows].reshape(batch, t, heads, value_width), lse_BM[:, :rows].reshape(batch, t, heads)
   return dispatch.vary(outputs, dispatch.varying_axes(q_BTNJ))

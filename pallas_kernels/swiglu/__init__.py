@@ -19,7 +19,10 @@ def swiglu(h_M2F, weights_M):
   """silu(gate) * up * weight, [M, F] in h_M2F's dtype; a row of h_M2F is its gate, then its up. Computed in float32.
 
   XLA makes one pass of it on every platform, so there is no kernel; for its gradient, `swiglu_gradients`.
+
+  Raises ValueError for shapes that do not fit.
   """
+  _check('swiglu', h_M2F, weights_M)
   return xla.forward(h_M2F, weights_M)
 
 
@@ -34,13 +37,19 @@ def swiglu_gradients(h_M2F, weights_M, dy_MF, implementation=None):
   Raises ValueError for shapes, dtypes or names that do not fit, NotImplementedError for an implementation that cannot
   run here.
   """
-  rows, width = dy_MF.shape
-  if h_M2F.shape != (rows, 2 * width) or weights_M.shape != (rows,) or 0 in dy_MF.shape:
-    raise ValueError(f'swiglu_gradients: h {h_M2F.shape}, weights {weights_M.shape} and dy {dy_MF.shape} must be '
-                     '[M, 2 F], [M] and [M, F]')
+  _check('swiglu_gradients', h_M2F, weights_M, dy_MF)
   if h_M2F.dtype != dy_MF.dtype or weights_M.dtype != jnp.float32:
     raise ValueError(f'swiglu_gradients: h is {h_M2F.dtype}, dy {dy_MF.dtype} and weights {weights_M.dtype}; make the '
                      'first two equal and the last float32')
   run = registry.choose(implementation, h_M2F, weights_M, dy_MF)
   with jax.named_scope('swiglu_gradients'):
-    return run(*dispatch.align_varying(h_M2F, weights_M, dy_MF))
+    return run(*dispatch.operands(h_M2F, weights_M, dy_MF))
+
+
+def _check(op, h_M2F, weights_M, dy_MF=None):
+  fits = h_M2F.ndim == 2 and h_M2F.shape[1] % 2 == 0 and weights_M.shape == h_M2F.shape[:1]
+  if not fits or (dy_MF is not None and dy_MF.shape != (len(h_M2F), h_M2F.shape[1] // 2)):
+    last = '' if dy_MF is None else f' and dy {dy_MF.shape}'
+    raise ValueError(f'{op}: h {h_M2F.shape}, weights {weights_M.shape}{last} must be [M, 2 F], [M]'
+                     f'{"" if dy_MF is None else " and [M, F]"}')
+  dispatch.refuse_empty(op, h=h_M2F)

@@ -19,8 +19,7 @@ KINDS = ['bos', 'eos', 'fim_prefix', 'fim_suffix', 'fim_middle', 'pad']
 def run_command(*arguments):
   values = flags.FlagValues()
   tokenizer_lib.define_flags(values)
-  values(['tokenizer', *map(str, arguments)])
-  return tokenizer_lib.main([], values)
+  return tokenizer_lib.main(values(['tokenizer', *map(str, arguments)]), values)
 
 
 @pytest.fixture(scope='module')
@@ -101,12 +100,15 @@ def test_command_trains_a_bpe_tokenizer(bpe_folder, tmp_path, capsys):
   assert [getattr(tokenizer, f'{kind}_id') for kind in KINDS] == list(range(6))
   ids = tokenizer.encode('  return x + 1\n世界你好')
   assert len(ids) < 16  # of 27 bytes
-  assert run_command('--source=text', f'--path={bpe_folder.parent}', f'--output={bpe_folder}') == 1
+  assert run_command('--source=text', f'--path={bpe_folder.parent}', f'--output={bpe_folder}') == 2
   assert 'already holds a tokenizer.json' in capsys.readouterr().err
-  assert run_command(f'--output={tmp_path}/x', '--vocab_size=100') == 1
+  assert run_command(f'--output={tmp_path}/x', '--vocab_size=100') == 2
   assert 'vocab_size=100 is below 262' in capsys.readouterr().err
-  assert run_command('--source=text', '--path=nowhere', f'--output={tmp_path}/x') == 1
-  assert capsys.readouterr().err == "data.path='nowhere' does not exist; set --config.data.path to a file or a folder\n"
+  assert run_command('--source=text', '--path=nowhere', f'--output={tmp_path}/x') == 2
+  assert capsys.readouterr().err == (
+      "tokenizer: error: data.path='nowhere' does not exist; set --config.data.path to a file or a folder\n")
+  assert run_command(f'--output={tmp_path}/x', 'stdlib') == 2
+  assert capsys.readouterr().err == "tokenizer: error: 'stdlib' is no flag; flags begin with --\n"
   assert not (tmp_path / 'x').exists()
 
 

@@ -1,7 +1,7 @@
-"""Pallas' interpreter of GPU kernels, taught what our Hopper kernels use and it lacks (jax 0.11.2): storing into a wgmma
-accumulator, `pl.run_state` over accumulators, wgmma with its left operand in registers, and from inline assembly our
-zero and our vote. It runs the programs of a grid one after the other, so a program that waits for another by a semaphore
-raises."""
+"""Pallas' interpreter of GPU kernels, taught what our Hopper kernels use and it lacks (jax 0.11.2): storing into a
+wgmma accumulator, `pl.run_state` over accumulators, wgmma with its left operand in registers, and from inline assembly
+our zero and our vote. It runs the programs of a grid one after the other, so a program that waits for another by a
+semaphore raises."""
 
 import contextlib
 import functools

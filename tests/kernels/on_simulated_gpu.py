@@ -46,8 +46,8 @@ def fp8_gradient_to_weights(cluster):
 
 
 def main():
-  # The simulator dispatches small programs itself. Where 32 of ours are queued behind the kernel that it simulates, as an
-  # op-by-op reference soon has them, jax admits no other until the kernel ends, and both wait for good.
+  # The simulator dispatches small programs itself. Where 32 of ours are queued behind the kernel that it simulates, as
+  # an op-by-op reference soon has them, jax admits no other until the kernel ends, and both wait for good.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
   for op, name in ((grouped_matmul, 'grouped_matmul'), (grouped_matmul_fp8, 'grouped_matmul_fp8')):
     for case in testing.CASES[name]:

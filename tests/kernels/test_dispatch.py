@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
@@ -17,6 +18,10 @@ from pallas_kernels import (
   mla_decode,
   swiglu_gradients,
 )
+from pallas_kernels.flash_attention import gpu as flash_attention_gpu
+from pallas_kernels.grouped_matmul import gpu as grouped_matmul_gpu
+from pallas_kernels.mla_decode import gpu as mla_decode_gpu
+from pallas_kernels.swiglu import gpu as swiglu_gpu
 
 OPS = (flash_attention, grouped_matmul, grouped_matmul_fp8, mla_decode, swiglu_gradients)
 
@@ -39,6 +44,20 @@ def registry():
 def test_every_op_lists_what_it_can_use(op):
   assert {'xla', 'reference'} <= set(op.implementations())
   assert not set(op.unavailable()) & set(op.implementations())
+
+
+@pytest.mark.parametrize(('unsuitable', 'shapes', 'facts'), [
+  (flash_attention_gpu.unsuitable, ((2, 8, 2, 192), (2, 8, 2, 192), (2, 8, 2, 128)), {}),
+  (grouped_matmul_gpu.unsuitable, ((8, 64), (2, 64, 64)), {}),
+  (grouped_matmul_gpu.unsuitable_quantised, ((8, 128), (2, 128, 128)), {}),
+  (mla_decode_gpu.unsuitable, ((2, 1, 16, 192), (4, 64, 192)), {'value_width': 128}),
+  (swiglu_gpu.unsuitable, ((8, 128), (8,), (8, 64)), {}),
+])
+def test_kernels_of_a_gpu_are_not_divided_by_the_compiler(unsuitable, shapes, facts):
+  operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+  assert unsuitable(*operands, **facts) is None
+  with absent('gpu'):
+    assert 'over the mesh (data=4): call the op inside jax.shard_map' in unsuitable(*operands, **facts)
 
 
 def test_platform_is_the_meshs_before_the_default_backends():

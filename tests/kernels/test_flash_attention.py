@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -89,11 +90,17 @@ def test_the_scores_are_never_stored_whole():
   ({'v_BSNV': np.ones((2, 4, 2, 3), np.float32)}, r'v \(2, 4, 2, 3\) must be'),
   ({'k_BSNH': np.ones((5, 2, 4), np.float32)}, r'k \(5, 2, 4\), v .* must be'),
   ({'v_BSNV': np.ones((2, 5, 2, 3), np.float16)}, 'float32, float32, float16; cast to one dtype'),
+  ({'k_BSNH': np.ones((2, 0, 2, 4), np.float32), 'v_BSNV': np.ones((2, 0, 2, 3), np.float32)},
+   r'k \[2, 0, 2, 4\] has an empty axis'),
+  ({'scale': 'traced'}, 'flash_attention: scale is traced and must be known when tracing'),
   ({'q_segments': np.zeros((2, 5), np.int32)}, 'go together'),
   ({'q_segments': np.zeros((2, 5), np.int32), 'kv_segments': np.zeros((2, 4), np.int32)},
    r'kv_segments is int32\[2, 4\] and must be integers \[2, 5\]'),
 ])
 def test_bad_operands(change, message):
   q_BTNH, k_BSNH, v_BSNV = operands()
+  arguments = {'q_BTNH': q_BTNH, 'k_BSNH': k_BSNH, 'v_BSNV': v_BSNV, **change}
+  traced = arguments.pop('scale', None)
+  run = functools.partial(flash_attention, **arguments)
   with pytest.raises(ValueError, match=message):
-    flash_attention(**{'q_BTNH': q_BTNH, 'k_BSNH': k_BSNH, 'v_BSNV': v_BSNV, **change}, scale=1.0)
+    (jax.jit(lambda scale: run(scale=scale)) if traced else lambda scale: run(scale=scale))(1.0)

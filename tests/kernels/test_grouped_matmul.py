@@ -53,7 +53,7 @@ def test_reference_scales_fp8_blocks():
 @pytest.mark.parametrize('implementation', FASTER)
 @pytest.mark.parametrize('case', testing.CASES['grouped_matmul'], ids=str)
 def test_matches_reference(implementation, case):
-  with skipped_if_unsuitable(implementation):
+  with skipped_if_unsuitable(implementation, case):
     testing.check(grouped_matmul, implementation, case)
 
 
@@ -137,9 +137,38 @@ def test_flops_follow_the_rows_not_the_experts():
 def test_fp8_has_no_gradients():
   lhs_MK, rhs_GKN = operands(dtype=ml_dtypes.float8_e4m3fn)
   scales = np.ones((6, 1), np.float32), np.ones((3, 1, 1), np.float32)
-  with pytest.raises(NotImplementedError, match='no gradients for FP8'):
-    jax.grad(lambda s: grouped_matmul(lhs_MK, rhs_GKN, jnp.array([1, 2, 3]), s, scales[1]).sum().astype('float32'))(
-      scales[0])
+  for position in (0, 3):
+    operands_and_scales = [lhs_MK, rhs_GKN, jnp.array([1, 2, 3]), *scales]
+    with pytest.raises(NotImplementedError, match='no gradients for FP8'):
+      jax.vjp(lambda x, position=position, rest=operands_and_scales: grouped_matmul(
+        *rest[:position], x, *rest[position + 1:]), operands_and_scales[position])
+
+
+@pytest.mark.parametrize('implementation', grouped_matmul.implementations())
+@pytest.mark.parametrize('dtype', ['int8', 'uint8', 'uint32'])
+def test_group_sizes_of_any_integer_dtype_from_numpy_under_jit(implementation, dtype):
+  served = SERVED.get(implementation, {})
+  lhs_MK, rhs_GKN = operands(m=300, **{**served, 'dtype': served.get('dtype', 'float32')})
+  sizes = (100, 90, 100)  # their sum fits in neither small dtype
+
+  def gradients(sizes, implementation):
+    return jax.jit(jax.grad(lambda *x: grouped_matmul(*x, sizes, implementation=implementation).astype('f').sum(),
+                            (0, 1)))(lhs_MK, rhs_GKN)
+
+  for x, y in zip(gradients(np.array(sizes, dtype), implementation), gradients(jnp.array(sizes), 'reference'),
+                  strict=True):
+    testing.assert_close(dtype, x, y, testing.TOLERANCE[lhs_MK.dtype.name])
+
+
+@pytest.mark.parametrize('implementation', grouped_matmul.implementations())
+def test_without_zeroing_the_tail_the_groups_rows_are_the_same(implementation):
+  served = SERVED.get(implementation, {})
+  lhs_MK, rhs_GKN = operands(m=300, **{**served, 'dtype': served.get('dtype', 'float32')})
+  sizes = jnp.array([130, 0, 60])
+  kept, unwritten = (jax.jit(lambda *x, zero_tail=zero_tail: grouped_matmul(
+    *x, zero_tail=zero_tail, implementation=implementation))(lhs_MK, rhs_GKN, sizes) for zero_tail in (True, False))
+  np.testing.assert_array_equal(kept[:190], unwritten[:190])
+  assert not kept[190:].any()
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -147,9 +176,12 @@ def test_fp8_has_no_gradients():
   ({'group_sizes_G': np.ones(2, np.int32)}, r'group_sizes is int32\[2\] and must be integers \[3\]'),
   ({'group_sizes_G': np.ones(3, np.float32)}, r'group_sizes is float32\[3\]'),
   ({'rhs_GKN': np.ones((3, 4, 3), np.float16)}, 'lhs is float32 and rhs float16'),
+  ({'rhs_GKN': np.ones((0, 4, 3), np.float32)}, r'rhs \[0, 4, 3\] has an empty axis'),
   ({'lhs_scales': np.ones((6, 1), np.float32)}, 'scales belong to FP8'),
   ({'lhs_MK': np.ones((6, 4), ml_dtypes.float8_e4m3fn), 'rhs_GKN': np.ones((3, 4, 3), ml_dtypes.float8_e4m3fn)},
-   r'lhs_scales is None and must be \[6, 1\]'),
+   r'lhs_scales is None and must be float32\[6, 1\]'),
+  ({'lhs_MK': np.ones((6, 4), ml_dtypes.float8_e4m3fn), 'rhs_GKN': np.ones((3, 4, 3), ml_dtypes.float8_e4m3fn),
+    'lhs_scales': np.ones((6, 1), np.float16)}, r'lhs_scales is float16\[6, 1\] and must be float32\[6, 1\]'),
 ])
 def test_bad_operands(change, message):
   lhs_MK, rhs_GKN = operands()

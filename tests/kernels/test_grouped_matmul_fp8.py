@@ -36,7 +36,7 @@ def all_three(op, lhs, rhs, dy, sizes=SIZES):
 @pytest.mark.parametrize('implementation', FASTER)
 @pytest.mark.parametrize('case', testing.CASES['grouped_matmul_fp8'], ids=str)
 def test_matches_reference(implementation, case):
-  with skipped_if_unsuitable(implementation):
+  with skipped_if_unsuitable(implementation, case):
     testing.check(grouped_matmul_fp8, implementation, case)
 
 
@@ -124,6 +124,7 @@ def test_an_order_gathers_rows_and_gathers_their_gradients(implementation):
   ({'rhs_GKN': np.ones((3, 4, 3), np.int8)}, 'rhs is int8 and must be'),
   ({'order_M': np.ones(8, np.int32)}, r"order is int32\[8\] and must be int32 \[M\], M a multiple of lhs's 6 rows"),
   ({'order_M': np.ones(6, np.float32)}, r'order is float32\[6\]'),
+  ({'order_M': np.ones(0, np.int32)}, r'order is int32\[0\]'),
 ])
 def test_bad_operands(change, message):
   arrays = {'lhs_BK': np.ones((6, 4), np.float32), 'rhs_GKN': np.ones((3, 4, 3), np.float32),

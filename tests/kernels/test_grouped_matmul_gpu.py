@@ -59,8 +59,7 @@ def test_groups_come_largest_first_and_whole(sizes):
 @simulator
 @pytest.mark.long
 def test_simulated_kernels_match_the_reference_without_races():
-  # In the simulator every warpgroup blocks a thread of XLA's, which makes no more than there are processors: fewer than
-  # twelve, and it waits forever.
+  # A simulated warpgroup that waits holds a thread of XLA's pool, which has as many as there are processors.
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'NPROC': '32', 'PJRT_NPROC': '32'}
   run = subprocess.run([sys.executable, '-m', 'tests.kernels.on_simulated_gpu'], capture_output=True, text=True,
                        env=environment, cwd=pathlib.Path(__file__).parents[2], timeout=900)

@@ -1,6 +1,7 @@
 """The Hopper kernel of latent decode, interpreted on the CPU. On a GPU test_mla_decode.py runs it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,22 +36,47 @@ def whole_requests(monkeypatch):
   monkeypatch.setattr(schedule, 'CUT', 1 << 20)
 
 
+@pytest.mark.usefixtures('whole_requests')
 @pytest.mark.parametrize('case', CASES, ids=str)
-def test_interpreted_matches_reference(case, monkeypatch, whole_requests):
+def test_interpreted_matches_reference(case, monkeypatch):
   with hopper_interpreter.interpreter(monkeypatch) as races_found:
     testing.check(interpreted, 'gpu', case)
     assert not races_found()
 
 
+@pytest.mark.usefixtures('whole_requests')
+def test_requests_of_a_vmap_run_one_after_the_other(monkeypatch):
+  case = testing.mla_decode_case('vmapped', (70,), t=1, max_pages=2, page=64, heads=16, **testing.GPU)
+  arrays = [case.arrays(np.random.default_rng(seed)) for seed in range(2)]
+  stacked = jax.tree.map(lambda *x: np.stack(x), *arrays)
+  with hopper_interpreter.interpreter(monkeypatch):
+    o_XBTNC, _ = jax.block_until_ready(jax.jit(jax.vmap(lambda x: interpreted(**x, **case.options)))(stacked))
+  for actual, x in zip(o_XBTNC, arrays, strict=True):
+    expected, _ = mla_decode(**x, **case.options, implementation='reference')
+    testing.assert_close('vmapped', actual, expected, case.tolerance)
+
+
+def test_a_plan_for_other_tokens_is_refused():
+  """It would launch more programs than the chip holds, and they wait for each other."""
+  case = testing.mla_decode_case('planned', (70, 3), t=4, max_pages=2, page=64, heads=128, **testing.GPU)
+  arrays = case.arrays(np.random.default_rng(0))
+  operands = [jnp.asarray(x) for x in arrays.values()]
+  for lengths, message in ((arrays['lengths_B'], 'of 66 parts for 2 sequences, and this call takes at most 16 for 2'),
+                           (arrays['lengths_B'][:1], 'for 1 sequences')):
+    plan = gpu.make_plan(jnp.asarray(lengths), rows=128)
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(lambda plan=plan: gpu.mla_decode(*operands, plan, 0.1, 128))
+
+
 def run(length):
   """One request, whose result is not looked at."""
-  case = testing.mla_decode_case('small', (length,), t=1, max_pages=16, page=64, heads=16, c=128, r=64,
-                                 dtype='bfloat16')
+  case = testing.mla_decode_case('small', (length,), t=1, max_pages=16, page=64, heads=16, **testing.GPU)
   decode = jax.jit(lambda arrays: interpreted(**arrays, **case.options))
   jax.block_until_ready(decode(case.arrays(np.random.default_rng(0))))
 
 
-def test_interpreter_finds_a_planted_race(monkeypatch, whole_requests):
+@pytest.mark.usefixtures('whole_requests')
+def test_interpreter_finds_a_planted_race(monkeypatch):
   monkeypatch.setattr(mosaic_gpu.plgpu, 'commit_smem', lambda: None)  # results leave before they are written
   with hopper_interpreter.interpreter(monkeypatch) as races_found:
     run(200)

@@ -15,7 +15,7 @@ CASES = testing.CASES['swiglu_gradients']
 @pytest.mark.parametrize('implementation', FASTER)
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_matches_reference(implementation, case):
-  with skipped_if_unsuitable(implementation):
+  with skipped_if_unsuitable(implementation, case):
     testing.check(swiglu_gradients, implementation, case)
 
 
@@ -47,9 +47,17 @@ def test_a_row_that_is_nan_harms_no_other():
 @pytest.mark.parametrize(('shapes', 'dtypes', 'message'), [
   (((3, 8), (3,), (3, 5)), ('float32', 'float32', 'float32'), r'must be \[M, 2 F\], \[M\] and \[M, F\]'),
   (((3, 8), (4,), (3, 4)), ('float32', 'float32', 'float32'), r'weights \(4,\)'),
+  (((3, 8), (3,), (12,)), ('float32', 'float32', 'float32'), r'dy \(12,\)'),
+  (((0, 8), (0,), (0, 4)), ('float32', 'float32', 'float32'), r'h \[0, 8\] has an empty axis'),
   (((3, 8), (3,), (3, 4)), ('bfloat16', 'float32', 'float32'), 'make the first two equal'),
   (((3, 8), (3,), (3, 4)), ('bfloat16', 'bfloat16', 'bfloat16'), 'and the last float32'),
 ])
 def test_what_does_not_fit_is_said(shapes, dtypes, message):
   with pytest.raises(ValueError, match=message):
     swiglu_gradients(*(jnp.ones(s, d) for s, d in zip(shapes, dtypes, strict=True)))
+
+
+@pytest.mark.parametrize(('h', 'weights'), [((3, 7), (3,)), ((8,), (8,)), ((3, 8), (1,))])
+def test_swiglu_of_what_does_not_fit_is_said(h, weights):
+  with pytest.raises(ValueError, match=r'swiglu: h .* must be \[M, 2 F\], \[M\]$'):
+    swiglu(jnp.ones(h), jnp.ones(weights))

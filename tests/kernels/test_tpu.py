@@ -154,6 +154,19 @@ def test_other_groups_and_the_tail_do_not_leak():
     np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize('dtypes', [('float8_e4m3fn', 'float8_e5m2'), ('float8_e5m2', 'float8_e4m3fn')])
+def test_a_chip_that_multiplies_fp8_takes_two_formats(dtypes, monkeypatch):
+  change_chip(monkeypatch, multiplies_fp8=True)
+  rng = np.random.default_rng(0)
+  shapes = (12, 128), (2, 128, 16)
+  lhs_MK, rhs_GKN = (jnp.asarray(rng.normal(size=s), dtype) for s, dtype in zip(shapes, dtypes, strict=True))
+  operands = lhs_MK, rhs_GKN, jnp.array([7, 5]), jnp.ones((12, 1)), jnp.ones((2, 1, 1))
+  with mosaic_tpu.interpreter():
+    actual, expected = (grouped_matmul(*operands, out_dtype='float32', implementation=name)
+                        for name in ('tpu', 'reference'))
+  testing.assert_close('product', actual, expected, 1e-6)
+
+
 def test_two_cores_share_a_batch(monkeypatch, capsys):
   # A v5p device is two cores. Five sequences: one core has an item of its own more than the other.
   change_chip(monkeypatch, cores=2)

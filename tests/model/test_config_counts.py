@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 
 import pytest
 from model_cases import EXPERTS, TINY
@@ -45,9 +46,11 @@ def test_configs_are_valid_and_survive_json(name):
     ({'modle': {}}, 'modle is no setting; did you mean model?'),
     ({'model': {'hiden_size': 3}}, 'model.hiden_size is no setting; did you mean model.hidden_size'),
     ({'model': {'rope_scaling': {'mscale_all': 1}}}, 'did you mean model.rope_scaling.mscale_all_dim'),
+    ({'training': 1}, 'training=1 is no JSON object'),
+    ([], 'config=[] is no JSON object'),
     ({'zzz': 1}, 'zzz is no setting; the keys here are data, mesh, model'),
 ])
-def test_unknown_keys_name_the_nearest(values, line):
+def test_what_is_no_config_is_one_clear_line(values, line):
   with pytest.raises(ConfigError) as error:
     from_dict(Config, values)
   assert line in str(error.value)
@@ -66,6 +69,10 @@ BAD_MODELS = [
     (dict(q_lora_rank=-1), 'q_lora_rank=-1'),
     (dict(num_nextn_predict_layers=-1), 'num_nextn_predict_layers=-1'),
     (dict(aux_loss_alpha=-0.1), 'aux_loss_alpha=-0.1'),
+    (dict(initializer_range=-0.1), 'initializer_range=-0.1'),
+    (dict(rms_norm_eps=0.0), 'rms_norm_eps=0.0 is not positive'),
+    (dict(rope_theta=0), 'rope_theta=0 is not positive'),
+    (dict(rope_theta=math.nan), 'rope_theta=nan is not positive'),
     (dict(attention='mlp'), "attention='mlp' is unknown; use one of 'mla'"),
     (dict(kv_lora_rank=0), 'kv_lora_rank=0'),
     (dict(qk_rope_head_dim=5), 'qk_rope_head_dim=5 is odd'),
@@ -107,6 +114,13 @@ BAD_RUNS = [
     ('optimizer.learning_rate', 0.0, 'learning_rate=0.0 is not positive'),
     ('optimizer.beta2', 1.0, 'beta2=1.0 is outside [0, 1)'),
     ('optimizer.clip_norm', 0.0, 'clip_norm=0.0'),
+    ('optimizer.epsilon', 0.0, 'epsilon=0.0 is not positive'),
+    ('optimizer.step_decay_factor', -0.5, 'step_decay_factor=-0.5 is below 0'),
+    ('optimizer.step_decay_at_tokens', (-5, 'a'), "step_decay_at_tokens=(-5, 'a') are no numbers of tokens"),
+    ('optimizer.learning_rate', math.inf, 'learning_rate=inf is not finite'),
+    ('model.routed_scaling_factor', math.nan, 'routed_scaling_factor=nan is not finite'),
+    ('training.mtp_loss_switch_tokens', -1, 'mtp_loss_switch_tokens=-1 is below 0'),
+    ('training.bias_freeze_tokens', -1, 'bias_freeze_tokens=-1 is below 0'),
     ('optimizer.weight_decay', -1.0, 'weight_decay=-1.0'),
     ('optimizer.moment_dtype', 'int8', "moment_dtype='int8'"),
     ('data.source', 'web', "data.source='web' is unknown"),

@@ -131,7 +131,7 @@ def test_damaged_newest_checkpoint(config, finished, tmp_path, damage):
   damage(workdir / 'checkpoints' / '4')
   with pytest.raises(ConfigError, match=r'checkpoint 4 .* damaged.*--allow_older_checkpoint to continue from step 2'):
     loop.train(config, str(workdir))
-  with pytest.raises(ConfigError, match='damaged'):
+  with pytest.raises(ConfigError, match=rf'damaged.*; move {workdir}/checkpoints/4 away to read step 2$'):
     store.read_run(workdir)
   if damage is flip_a_bit:
     assert loop.train(config, str(workdir), allow_older_checkpoint=True) == 0
@@ -162,8 +162,13 @@ def test_what_a_resumed_run_cannot_change(config, finished, section, key, value)
 def test_steps_may_grow_and_the_change_is_logged(config, finished, tmp_path, caplog):
   workdir = copy(finished, tmp_path)
   longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=5))
+  files = [workdir / name for name in ('tokenizer/tokenizer.json', 'data.json', 'config.json')]
+  before = [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
   with caplog.at_level('INFO', logger='mla_jax'):
     assert loop.train(longer, str(workdir)) == 0
+  after = [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
+  assert after[:2] == before[:2]  # what identifies the run is not written again
+  assert after[2][0] != before[2][0]  # and what changed is written aside, then renamed
   assert 'another training.steps: was 4, now 5' in caplog.text
   assert losses(workdir)[-1]['step'] == 5
 
@@ -183,12 +188,27 @@ def test_other_data_are_refused(config, finished, tmp_path):
 def test_init_from_another_run(config, finished, tmp_path):
   one = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1),
                             optimizer=OptimizerConfig(learning_rate=1e-12))
+  wider = dataclasses.replace(one, model=dataclasses.replace(one.model, intermediate_size=64))
+  with pytest.raises(ConfigError, match=r'another network: model.intermediate_size \(48 there, 64 here\)'):
+    loop.train(wider, str(tmp_path / 'tuned'), init_from=str(finished))
+  # The same workdir: one that has no checkpoint binds nobody.
   assert loop.train(one, str(tmp_path / 'tuned'), init_from=str(finished)) == 0
   for a, b in zip(jax.tree.leaves(weights(tmp_path / 'tuned')[0]), jax.tree.leaves(weights(finished)[0]), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-9)
-  wider = dataclasses.replace(one, model=dataclasses.replace(one.model, intermediate_size=64))
-  with pytest.raises(ConfigError, match=r'another network: model.intermediate_size \(48 there, 64 here\)'):
-    loop.train(wider, str(tmp_path / 'wider'), init_from=str(finished))
+
+
+def test_a_config_of_another_program_is_not_overwritten(config, tmp_path):
+  (tmp_path / 'config.json').write_text('{"model_type": "deepseek_v3"}')
+  with pytest.raises(ConfigError, match='model_type is no setting'):
+    loop.train(config, str(tmp_path))
+  assert (tmp_path / 'config.json').read_text() == '{"model_type": "deepseek_v3"}'
+
+
+def test_a_workdir_that_is_a_file(config, tmp_path):
+  (tmp_path / 'file').write_text('mine')
+  with pytest.raises(ConfigError, match=r"file can't be made a folder \(File exists\); name another"):
+    loop.train(config, str(tmp_path / 'file'))
+  assert (tmp_path / 'file').read_text() == 'mine'
 
 
 def test_init_from_a_hugging_face_directory(config, finished, tmp_path, caplog):
