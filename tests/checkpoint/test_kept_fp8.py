@@ -52,7 +52,7 @@ def write(folder, config: ModelConfig, scale_format='float32'):
   return folder
 
 
-@pytest.fixture(scope='module', params=[*FAMILIES, 'random bytes'])
+@pytest.fixture(scope='module', params=[*FAMILIES, pytest.param('random bytes', marks=LONG)])
 def folder(request, tmp_path_factory):
   if request.param == 'random bytes':
     return request.getfixturevalue('fp8_folder')
@@ -133,7 +133,8 @@ def test_only_experts_that_have_rows_leave_fp8(tmp_path, sizes):
   assert_same_bits(few[:len(there)], out_of_fp8({'w': w})['w'][there])
 
 
-@pytest.mark.parametrize('rows', [1, pytest.param(12, marks=LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize('rows', [1, 12])
 def test_memory(tmp_path, rows):
   """Weights take half. While decoding, one layer of them at a time is out of FP8 (with 12 rows all its experts, with
   one row a few), and what is the same in every round, so that XLA does it once: the only dense layer, and the MTP

@@ -121,6 +121,7 @@ def test_equal_distributions_always_accept_and_disjoint_ones_never():
   assert set(tokens_BU[:, 0]) == {0, 1}
 
 
+@pytest.mark.long
 def test_sampled_texts_are_distributed_as_the_main_models():
   """The joint distribution of three tokens, the last two of them drafted, against the product of exact conditionals."""
   width, rows, batches = 4, 1024, 8

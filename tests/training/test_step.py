@@ -40,7 +40,7 @@ def whole(mesh):
   return run(small.config(), mesh, small.batch(8, 24))
 
 
-@pytest.mark.parametrize('remat', ['full', 'dots'])
+@pytest.mark.parametrize('remat', ['full', pytest.param('dots', marks=pytest.mark.long)])
 def test_accumulation_and_remat_change_nothing(mesh, whole, remat):
   """Rows differ in padding and documents, so a mean of micro-batch means would differ (facts.md, trap 5)."""
   config = small.config(gradient_accumulation=8 if remat == 'full' else 2, remat=remat)
