@@ -8,7 +8,8 @@ from tests.decoding import small
 
 COUNT = 24  # new tokens
 # Modules, drafts (None: plain), form of attention. Between them: fewer drafts than modules, as many, and more.
-CASES = [(1, None, 'absorbed'), (1, 1, 'expanded'), (1, 3, 'absorbed'), (2, 1, 'expanded'), (2, 3, 'absorbed')]
+CASES = [(1, None, 'absorbed'), (1, 1, 'expanded'), (1, 3, 'absorbed'), (2, 1, 'expanded'),
+         pytest.param(2, 3, 'absorbed', marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize(('depth', 'drafts', 'form'), CASES)
