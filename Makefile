@@ -29,12 +29,13 @@ test-long: .venv/ready-dev .venv-peers/ready
 aot-tpu: .venv-tpu/ready
 	.venv-tpu/bin/python -m pytest -m long -rs tests/kernels/test_tpu_compile.py
 
-# The Hopper kernels likewise, and simulated: jax's CUDA plugin, on Python 3.12 or newer. A simulated warpgroup that waits
-# holds a thread of XLA's pool, and so does the kernel: on two processors, two threads, they may wait for good.
+# The Hopper kernels likewise, and simulated: jax's CUDA plugin, on Python 3.12 or newer. A simulated warpgroup that
+# waits holds a thread of XLA's pool, and so does the kernel: on two processors, two threads, they may wait for good.
 aot-hopper: .venv-hopper/ready
 	.venv-hopper/bin/python -m pytest -m long -rsP tests/kernels/test_hopper_compile.py
-	NPROC=32 PJRT_NPROC=32 .venv-hopper/bin/python -m pytest -m "long or not long" -rs tests/kernels/test_flash_attention_gpu.py \
-	  tests/kernels/test_mla_decode_gpu.py tests/kernels/test_grouped_matmul_gpu.py tests/kernels/test_swiglu.py
+	NPROC=32 PJRT_NPROC=32 .venv-hopper/bin/python -m pytest -m "long or not long" -rs \
+	  tests/kernels/test_flash_attention_gpu.py tests/kernels/test_mla_decode_gpu.py \
+	  tests/kernels/test_grouped_matmul_gpu.py tests/kernels/test_swiglu.py
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

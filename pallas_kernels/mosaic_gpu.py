@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import functools
 import heapq
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of 16-b
 MATRIX = plgpu.Layout.WGMMA  # of a 64-row matrix in the registers of a warpgroup
 ROW = plgpu.Layout.WGMMA.reduce(1)  # of one number a row of it
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # of one number a column of it
+LOG2_E = math.log2(math.e)
+LOWEST = -1e30  # of a running maximum: finite, so that exp2 of a masked score minus it is 0 and not NaN
+LAZY = 8.0  # how far, in powers of two, a score may exceed the running maximum before that follows
 _interpreting = contextvars.ContextVar('interpreting', default=False)
 
 
@@ -102,6 +106,13 @@ def opaque_zero():
     return mgpu.FragmentedArray.splat(register, (), is_signed=True)
 
   return opaque()
+
+
+def raised(maximum_M, top_M):
+  """The running maximum of scores in powers of two, top_M being the new scores'. Left alone while no score is above it
+  by 2^8: weights stay below 2^8 then, which costs no precision, and the accumulator needs no rescaling
+  (FlashAttention-4's rule)."""
+  return jnp.where(top_M > maximum_M + LAZY, top_M, maximum_M)
 
 
 def any_in_warp(x_M):

@@ -9,7 +9,6 @@ output is divided and written.
 """
 
 import functools
-import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +19,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch, mosaic_gpu
 from pallas_kernels.flash_attention import gpu_backward
 from pallas_kernels.flash_attention.gpu_tiles import ROWS, Attention, items, padded_ids, whole_swizzles
-from pallas_kernels.mosaic_gpu import ROW, accumulator, across, any_in_warp, tiles, wait_for, zeros
+from pallas_kernels.mosaic_gpu import (
+  LOG2_E,
+  LOWEST,
+  ROW,
+  accumulator,
+  across,
+  any_in_warp,
+  raised,
+  tiles,
+  wait_for,
+  zeros,
+)
 
 BLOCK = 128  # keys a step
 STAGES = 2  # blocks of keys, and of values, in shared memory
-LOWEST = -1e30  # first running maximum: finite, so that exp2(-inf - maximum) is 0 and not NaN
-LOG2_E = math.log2(math.e)
-LAZY = 8.0  # how far, in powers of two, a score may exceed the running maximum before that, and the output, follows
 
 
 def unsuitable(q_BTNH, k_BSNH, v_BSNV) -> str | None:
@@ -92,9 +99,9 @@ def _forward(call, q_BTNH, k_BSNH, v_BSNV, ids):
 
     def softmax(scores, maximum, total):
       """(exp2(scores - new reference), that reference, total, by what earlier results shrink), all in powers of two.
-      The reference is the maximum so far, or up to LAZY below it."""
+      The reference is the maximum so far, or up to 2^8 below it."""
       top = scores.max(axis=1) * exponent
-      new = jnp.where(top > maximum + LAZY, top, maximum)
+      new = raised(maximum, top)
       shrink = jnp.exp2(maximum - new)
       weights = jnp.exp2(scores * exponent - across(new, scores.shape, 0))
       return weights, new, total * shrink + weights.sum(axis=1), shrink

@@ -7,7 +7,6 @@ dlse - do.o, as accumulators of wgmma: the subtractions cost no registers and no
 """
 
 import functools
-import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,11 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.flash_attention.gpu_tiles import ROWS, items, load_ids
-from pallas_kernels.mosaic_gpu import COLUMN, ROW, accumulator, across, tiles, wait_for, zeros
+from pallas_kernels.mosaic_gpu import COLUMN, LOG2_E, ROW, accumulator, across, tiles, wait_for, zeros
 
 BLOCK = 64  # rows of the other side a step
 STAGES = 3
-LOG2_E = math.log2(math.e)
 
 
 def queries(call, q_BTNH, k_BSNH, v_BSNV, do_BTNV, start_BNT, dstart_BNT, ids):

@@ -11,7 +11,6 @@ are dead once the scores are there.
 """
 
 import functools
-import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,12 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mla_decode import schedule
 from pallas_kernels.mla_decode.gpu_call import BLOCK, ROWS, Call, Refs
-from pallas_kernels.mosaic_gpu import MATRIX, ROW, across, any_in_warp, opaque_zero, zeros
+from pallas_kernels.mosaic_gpu import LOG2_E, LOWEST, MATRIX, ROW, across, any_in_warp, opaque_zero, raised, zeros
 
 MERGE = 8  # partial results read at a time
-LOG2_E = math.log2(math.e)
-LOWEST = -1e30  # of a running maximum: finite, so that exp2 of a masked score minus it is 0 and not NaN
-LAZY = 8.0  # how far, in powers of two, a score may exceed the running maximum before that follows
 
 
 def _accumulate(issue, *accumulators):
@@ -39,12 +35,6 @@ def _columns(x_M, like_MN):
 
 def _row_of(value):
   return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW)
-
-
-def _raised(m, top):
-  """The running maximum. Left alone while no score is above it by 2^8: weights stay below 2^8 then, which costs no
-  precision, and the accumulator needs no rescaling (FlashAttention-4's rule)."""
-  return jnp.where(top > m + LAZY, top, m)
 
 
 def _rescaled(m_old, m_new, o, l):
@@ -124,7 +114,7 @@ class Program:
       o, s, l, m = carry
       zero = opaque_zero()
       s = self.masked(s, 2 * i, length)
-      m0 = _raised(m, s.max(axis=1) * self.score_scale)
+      m0 = raised(m, s.max(axis=1) * self.score_scale)
       r.maxima[0] = m0
       plgpu.barrier_arrive(r.max0_told)
       p = jnp.exp2(s * self.score_scale - _columns(m0, s))
@@ -179,7 +169,7 @@ class Program:
       top = s.max(axis=1) * self.score_scale
       plgpu.barrier_wait(r.max0_told)
       m0 = plgpu.load(r.maxima.at[0], layout=ROW)
-      m1 = _raised(m0, top)
+      m1 = raised(m0, top)
       r.maxima[1] = m1
       plgpu.barrier_arrive(r.max1_told)
       p = jnp.exp2(s * self.score_scale - _columns(m1, s))

@@ -119,7 +119,7 @@ def interpreter(monkeypatch):
   def no_semaphores(_):
     raise NotImplementedError('programs run one after the other here and this one waits for another')
 
-  class Any:
+  class AnyOf:
 
     def __init__(self, *primitives):
       self.primitives = primitives
@@ -134,8 +134,8 @@ def interpreter(monkeypatch):
         barrier.last_observed_phase_by_thread.clear()
       original(barrier)
 
-  stores = Any(state.swap_p, primitives.wgmma_accumulator_store_p)
-  others = Any(primitives.inline_mgpu_p, discharge.run_state_p, pallas_primitives.get_global_p, *semaphores)
+  stores = AnyOf(state.swap_p, primitives.wgmma_accumulator_store_p)
+  others = AnyOf(primitives.inline_mgpu_p, discharge.run_state_p, pallas_primitives.get_global_p, *semaphores)
   for name, module, taught in (('state_primitives', state, {'swap_p': stores}),
                                ('gpu_primitives', primitives, {'inline_mgpu_p': others})):
     monkeypatch.setattr(jaxpr_interpret, name, SimpleNamespace(**{**vars(module), **taught}))
