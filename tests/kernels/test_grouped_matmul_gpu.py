@@ -21,7 +21,8 @@ simulator = pytest.mark.skipif(mosaic_gpu.unavailable() is not None, reason=str(
 sizes_and_rest = st.tuples(st.lists(st.integers(0, 300), min_size=1, max_size=9), st.integers(0, 150))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)  # each compiles anew
+@pytest.mark.long
+@settings(max_examples=60, deadline=None, derandomize=True)  # each compiles anew
 @given(drawn=sizes_and_rest, tile=st.sampled_from((128, 256)), tail=st.booleans(), multiple=st.sampled_from((1, 2)))
 def test_visits_cover_every_row_once(drawn, tile, tail, multiple):
   sizes, rest = drawn
