@@ -21,6 +21,8 @@ from pallas_kernels.grouped_matmul import gpu_schedule, scales
 from pallas_kernels.grouped_matmul.gpu_pipeline import NEVER, Job, Tiling, run
 
 _I32 = jnp.int32
+# Of 8 rows in the registers of a warpgroup: 16 bytes of one row a thread.
+BAND = plgpu.Layout.TILED(plgpu.Tiling(((8, 128), (4, 64), (8,))), warp_dims=(-5, -4), lane_dims=(-3, -2), vector_dim=-1)
 PANEL = 1024  # rows of tiles that go over all columns together, so that the weights they share stay in L2
 
 
@@ -254,15 +256,24 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
   def clear(tile, step, slot, warpgroup, cleared):
     first, last = tile['first'] - step * depth, tile['last'] - step * depth
 
+    def store(band, cut):
+      for array in slot:  # both operands: 0 times another group's infinity is NaN
+        part = array.at[pl.ds(pl.multiple_of(band * 8, 8), 8)]
+        zero = plgpu.layout_cast(jnp.zeros(part.shape, dtype), BAND)
+        if cut:
+          row = band * 8 + plgpu.broadcasted_iota(_I32, part.shape, 0, layout=BAND)
+          part[...] = jnp.where((row >= first) & (row < last), plgpu.load(part, layout=BAND), zero)
+        else:
+          part[...] = zero
+
     @pl.when((first > 0) | (last < depth))
     def _():
-      # Both operands: 0 times another group's infinity is NaN. Each warpgroup does half of what both read.
-      for array, width in ((slot[0], own), (slot[1], tiling.columns // 2)):
-        for start in range(0, width, 64):
-          part = array.at[:, pl.ds(pl.multiple_of(warpgroup * width + start, 64), 64)]
-          row = plgpu.broadcasted_iota(_I32, (depth, 64), 0, layout=plgpu.Layout.WGMMA)
-          x = plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=False)
-          part[...] = jnp.where((row >= first) & (row < last), x, jnp.zeros_like(x))
+      # In bands of 8 rows: a group starts in band 0 and ends in band 0 or `end`; those after it are others'.
+      end = lax.clamp(_I32(1), lax.div(last, _I32(8)), _I32(depth // 8))
+      cut = warpgroup * end
+      pl.when(cut < depth // 8)(lambda: store(cut, True))
+      rest = end + 1 + warpgroup
+      lax.fori_loop(0, lax.div(depth // 8 + 1 - rest, _I32(2)), lambda i, _: store(rest + 2 * i, False), None)
       plgpu.commit_smem()
       plgpu.barrier_arrive(cleared)
       plgpu.barrier_wait(cleared)
