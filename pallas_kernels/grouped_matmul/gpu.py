@@ -228,11 +228,15 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
     tile = {key: refs[2][group, i] for i, key in enumerate(gpu_schedule.GROUP)}
     return tile | {'row': (row * pair + rank) * tiling.rows, 'column': column * tiling.columns, 'steps': tile['chunks']}
 
+  def chunk_of(tile, step):
+    """The first chunk comes second: while others' rows in it are cleared, the one before it is multiplied."""
+    return lax.select((tile['chunks'] > 2) & (step < 2), 1 - step, step)
+
   def load(refs, tile, k, slot, ready):
     lhs_columns = pl.ds(pl.multiple_of(tile['row'], tiling.rows), tiling.rows)
     dy_columns = pl.ds(pl.multiple_of(tile['column'], tiling.columns), tiling.columns)
     if not fp8:
-      rows = pl.ds(pl.multiple_of(tile['row8'] * 8 + k * depth, 8), depth)
+      rows = pl.ds(pl.multiple_of(tile['row8'] * 8 + chunk_of(tile, k) * depth, 8), depth)
       plgpu.copy_gmem_to_smem(refs[0].at[rows, lhs_columns], slot[0], ready)
       plgpu.copy_gmem_to_smem(refs[1].at[rows, dy_columns], slot[1], ready, collective_axes=shared)
       return
@@ -254,26 +258,25 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
     return _vector(slot[2], warpgroup * own, own, mosaic_gpu.ROW), plgpu.load(slot[3], layout=mosaic_gpu.COLUMN)
 
   def clear(tile, step, slot, warpgroup, cleared):
-    first, last = tile['first'] - step * depth, tile['last'] - step * depth
+    start, bands = chunk_of(tile, step) * depth, depth // 8
+    first, last = tile['first'] - start, tile['last'] - start
 
-    def store(band, cut):
+    def store(band, masked):
       for array in slot:  # both operands: 0 times another group's infinity is NaN
-        part = array.at[pl.ds(pl.multiple_of(band * 8, 8), 8)]
-        zero = plgpu.layout_cast(jnp.zeros(part.shape, dtype), BAND)
-        if cut:
-          row = band * 8 + plgpu.broadcasted_iota(_I32, part.shape, 0, layout=BAND)
-          part[...] = jnp.where((row >= first) & (row < last), plgpu.load(part, layout=BAND), zero)
-        else:
-          part[...] = zero
+        rows = array.at[pl.ds(pl.multiple_of(band * 8, 8), 8)]
+        value = plgpu.layout_cast(jnp.zeros(rows.shape, dtype), BAND)
+        if masked:
+          row = band * 8 + plgpu.broadcasted_iota(_I32, rows.shape, 0, layout=BAND)
+          value = jnp.where((row >= first) & (row < last), plgpu.load(rows, layout=BAND), value)
+        rows[...] = value
 
     @pl.when((first > 0) | (last < depth))
     def _():
-      # In bands of 8 rows: a group starts in band 0 and ends in band 0 or `end`; those after it are others'.
-      end = lax.clamp(_I32(1), lax.div(last, _I32(8)), _I32(depth // 8))
+      # Of the bands of 8 rows, 0 and `end` may hold others' rows, and those after it hold no other rows.
+      end = lax.clamp(_I32(1), lax.div(last, _I32(8)), _I32(bands))
       cut = warpgroup * end
-      pl.when(cut < depth // 8)(lambda: store(cut, True))
-      rest = end + 1 + warpgroup
-      lax.fori_loop(0, lax.div(depth // 8 + 1 - rest, _I32(2)), lambda i, _: store(rest + 2 * i, False), None)
+      pl.when(cut < bands)(lambda: store(cut, masked=True))
+      pl.loop(end + 1 + warpgroup, bands, step=2)(lambda band: store(band, masked=False))
       plgpu.commit_smem()
       plgpu.barrier_arrive(cleared)
       plgpu.barrier_wait(cleared)

@@ -17,18 +17,19 @@ WHOLE = (
 )
 
 
-def ragged_gradient_to_weights():
-  case = testing.grouped_matmul_case('ragged', (70, 0, 131, 9), m=216, k=128, n=256, dtype='bfloat16')
-  arrays = {name: jnp.asarray(x) for name, x in case.arrays(np.random.default_rng(0)).items()}
-  lhs_MK = arrays['lhs_MK'].at[210:].set(jnp.nan)  # of no group
-  dy_MN = jnp.ones((216, 256), jnp.bfloat16)
-
-  # The kernel itself: through the op the forward kernel would run too, which writes pieces in part.
-  arguments = lhs_MK, dy_MN, arrays['group_sizes_G'], jnp.dtype(jnp.bfloat16)
-  expected = xla.rhs_gradient(*arguments)
+def ragged_gradient_to_weights(parity):
+  """The kernel itself: through the op the forward kernel would run too, which writes pieces in part. Groups of one parity
+  leave no trace in the others, nor do rows of no group."""
+  rng, sizes_G = np.random.default_rng(0), jnp.array((70, 0, 131, 9, 61, 150, 1, 95, 31))
+  group_M = np.repeat(np.arange(10), (*sizes_G, 560 - sizes_G.sum()))
+  others_M1 = ((group_M % 2 != parity) | (group_M == 9))[:, None]
+  operands = [jnp.asarray(rng.standard_normal((560, width)), jnp.bfloat16) for width in (128, 256)]
+  lhs_MK, dy_MN = (jnp.where(others_M1, trace, x) for x, trace in zip(operands, (jnp.nan, jnp.inf), strict=True))
   with mosaic_gpu.interpreter():
-    actual = jax.jit(gpu.rhs_gradient, static_argnums=3)(*arguments)
-  testing.assert_close('gradient to rhs', actual, expected, 2e-2)
+    actual = jax.jit(gpu.rhs_gradient, static_argnums=3)(lhs_MK, dy_MN, sizes_G, jnp.dtype(jnp.bfloat16))
+  expected = xla.rhs_gradient(*operands, sizes_G, jnp.dtype(jnp.bfloat16))
+  for g in range(parity, 9, 2):
+    testing.assert_close(f'gradient to rhs, group {g}', actual[g], expected[g], 5e-3)
 
 
 def fp8_gradient_to_weights(cluster):
@@ -59,8 +60,9 @@ def main():
     with mosaic_gpu.interpreter():
       testing.check(grouped_matmul, 'gpu', case)
     print(case, flush=True)
-  ragged_gradient_to_weights()
-  print('ragged gradient', flush=True)
+  for parity in (0, 1):
+    ragged_gradient_to_weights(parity)
+    print('ragged gradient', parity, flush=True)
   for cluster in (1, 2):
     fp8_gradient_to_weights(cluster)
     print('FP8 gradient, clusters of', cluster, flush=True)
