@@ -21,8 +21,8 @@ from pallas_kernels.grouped_matmul import gpu_schedule, scales
 from pallas_kernels.grouped_matmul.gpu_pipeline import NEVER, Job, Tiling, run
 
 _I32 = jnp.int32
-# Of 8 rows in the registers of a warpgroup: 16 bytes of one row a thread.
-BAND = plgpu.Layout.TILED(plgpu.Tiling(((8, 128), (4, 64), (8,))), warp_dims=(-5, -4), lane_dims=(-3, -2), vector_dim=-1)
+# Of 8 rows in the registers of a warpgroup: a thread has 16 bytes of one row.
+BAND = plgpu.Layout.TILED(plgpu.Tiling(((8, 128), (4, 64), (8,))), (-5, -4), (-3, -2), -1)
 PANEL = 1024  # rows of tiles that go over all columns together, so that the weights they share stay in L2
 
 
@@ -272,7 +272,7 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
 
     @pl.when((first > 0) | (last < depth))
     def _():
-      # Of the bands of 8 rows, 0 and `end` may hold others' rows, and those after it hold no other rows.
+      # A group starts in the first band of 8 rows; `end` holds rows past its last one, the bands after it no others.
       end = lax.clamp(_I32(1), lax.div(last, _I32(8)), _I32(bands))
       cut = warpgroup * end
       pl.when(cut < bands)(lambda: store(cut, masked=True))

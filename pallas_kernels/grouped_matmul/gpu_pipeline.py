@@ -57,7 +57,7 @@ class Job:
   write_part(whole, ...): the same for a piece of which not all rows are the tile's, given the tile, and with `whole`
     for one that is; called at once, never later. None: all rows of all tiles are theirs.
   live(tile, warpgroup): whether the warpgroup has anything to multiply; None: always.
-  clear(refs, tile, k, slot, warpgroup, cleared): sets to zero what does not belong to the tile. None: nothing.
+  clear(tile, k, slot, warpgroup, cleared): sets to zero what does not belong to the tile. None: nothing.
   scales(slot, warpgroup): for FP8, what multiplies a step's product before it is added: a number a row, and a number a
     column or None. None: ones.
   scale(refs, tile, k): a number in GMEM that multiplies step k's product too; read a step ahead. None: one.

@@ -18,8 +18,8 @@ WHOLE = (
 
 
 def ragged_gradient_to_weights(parity):
-  """The kernel itself: through the op the forward kernel would run too, which writes pieces in part. Groups of one parity
-  leave no trace in the others, nor do rows of no group."""
+  """The kernel itself: through the op the forward kernel would run too, which writes pieces in part. Rows of groups of
+  the other parity, and of none, leave no trace."""
   rng, sizes_G = np.random.default_rng(0), jnp.array((70, 0, 131, 9, 61, 150, 1, 95, 31))
   group_M = np.repeat(np.arange(10), (*sizes_G, 560 - sizes_G.sum()))
   others_M1 = ((group_M % 2 != parity) | (group_M == 9))[:, None]
