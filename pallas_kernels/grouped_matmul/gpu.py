@@ -272,7 +272,7 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
 
     @pl.when((first > 0) | (last < depth))
     def _():
-      # A group starts in the first band of 8 rows; `end` holds rows past its last one, the bands after it no others.
+      # In bands of 8 rows: others' rows may lie in the first and in `end`, and fill those after it.
       end = lax.clamp(_I32(1), lax.div(last, _I32(8)), _I32(bands))
       cut = warpgroup * end
       pl.when(cut < bands)(lambda: store(cut, masked=True))
@@ -297,6 +297,6 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
   if fp8:
     slots = (((tiling.rows, depth), dtype, 128), ((tiling.columns, depth), dtype, 128),
              ((tiling.rows,), jnp.float32, None), ((tiling.columns,), jnp.float32, None))
-    return Job(slots, 4, tiles, locate, load, factors, keep, write, scales=token_scales)
+    return Job(slots, 4, tiles, locate, load, factors, keep, write, scales=token_scales, turning=True)
   slots = ((depth, tiling.rows), dtype, 64), ((depth, tiling.columns), dtype, 64)
-  return Job(slots, 2, tiles, locate, load, factors, keep, write, clear=clear)
+  return Job(slots, 2, tiles, locate, load, factors, keep, write, clear=clear, turning=True)

@@ -61,6 +61,8 @@ class Job:
   scales(slot, warpgroup): for FP8, what multiplies a step's product before it is added: a number a row, and a number a
     column or None. None: ones.
   scale(refs, tile, k): a number in GMEM that multiplies step k's product too; read a step ahead. None: one.
+  turning: whether every other round of tiles goes to the programs in the opposite order. Where tiles come by size, the
+    program with the largest one of a round has the smallest one of the next.
   """
 
   slots: tuple[Any, ...]  # (shape, dtype, columns of a swizzle tile or None) of the arrays of a slot
@@ -76,6 +78,7 @@ class Job:
   clear: Any = None
   scales: Any = None
   scale: Any = None
+  turning: bool = False
 
 
 def run(job: Job, tiling: Tiling, operands, shape, dtype, *, name):
@@ -136,7 +139,11 @@ class _Program:
     pl.when(self.warpgroup == 2)(self.load)
 
   def tile(self, i):
-    return self.job.locate(self.refs, lax.min(self.program + i * self.programs, self.count - 1), self.rank)
+    place, begin = self.program, i * self.programs
+    if self.job.turning:
+      here = lax.min(self.count - begin, jnp.int32(self.programs))
+      place = lax.select(lax.rem(i, jnp.int32(2)) == 1, here - 1 - place, place)
+    return self.job.locate(self.refs, lax.min(place + begin, self.count - 1), self.rank)
 
   def slot(self, number):
     return [array.at[number] for array in self.slots]
