@@ -78,6 +78,10 @@ def grouped(name, groups, m, k, n, out=BF16):
           Case(f'grouped_matmul, {name}, gradients', gradients, (*operands, ((m, n), out))))
 
 
+# Of FP8 tiles 256 columns wide: numbers of a tile or of the launch, none in the loop over a contraction.
+FP8_SPILLS = {'grouped_matmul': 8}
+
+
 def grouped_fp8(name, groups, m, k, n):
   """Weights stored with the contraction innermost."""
   def multiply(lhs, rhs_GNK, *rest):
@@ -85,7 +89,7 @@ def grouped_fp8(name, groups, m, k, n):
 
   return Case(f'grouped_matmul, {name}, FP8', multiply,
               (((m, k), jnp.float8_e4m3fn), ((groups, n, k), jnp.float8_e4m3fn), ((groups,), I32),
-               ((m, k // 128), F32), ((groups, k // 128, -(-n // 128)), F32)))
+               ((m, k // 128), F32), ((groups, k // 128, -(-n // 128)), F32)), FP8_SPILLS)
 
 
 def swiglu(name, m, f):
@@ -100,7 +104,7 @@ def quantising(name, groups, m, k, n, weights=BF16):
     return y, transpose(dy)
 
   return Case(f'grouped_matmul_fp8, {name}, forward and gradients', gradients,
-              (((m, k), BF16), ((groups, k, n), weights), ((groups,), I32), ((m, n), BF16)))
+              (((m, k), BF16), ((groups, k, n), weights), ((groups,), I32), ((m, n), BF16)), FP8_SPILLS)
 
 
 DKV = 'flash_attention_dkv'

@@ -9,6 +9,7 @@ jit, of an array stored as [G, N, K]; XLA then copies nothing. For the gradient 
 group's rows completed to whole chunks of 128, so nothing needs clearing.
 """
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, mosaic_gpu
 from pallas_kernels.grouped_matmul import gpu_schedule, scales
-from pallas_kernels.grouped_matmul.gpu_pipeline import NEVER, Job, Tiling, run
+from pallas_kernels.grouped_matmul.gpu_pipeline import NEVER, PART, Job, Tiling, run
 
 _I32 = jnp.int32
 # Of 8 rows in the registers of a warpgroup: a thread has 16 bytes of one row.
@@ -100,17 +101,18 @@ def _rows_times_group(x_MC, weights, group_sizes_G, scales, out_dtype, zero_tail
   operands = x_MC, weights, table
   if scales:
     lhs_scales, rhs_scales = scales
-    operands += jnp.pad(lhs_scales, ((0, m - rows), (0, 0))).T, rhs_scales
+    # A tile's worth beyond the rows: a copy in one dimension is no tensor copy, and nothing stops it at an array's end.
+    operands += jnp.pad(lhs_scales, ((0, m - rows + tiling.rows), (0, 0))).T, rhs_scales
   job = _rows_job(tiling, c, n, x_MC.dtype, bool(scales), transposed)
   return run(job, tiling, operands, (m, n), out_dtype, name='grouped_matmul')[:rows]
 
 
 def _rows_tiling(n, fp8):
-  if fp8:  # two accumulators, and twice the rate
-    return Tiling(rows=128, columns=128, depth=scales.BLOCK, slots=5, cluster=2)
-  if pl.cdiv(n, 256) * 256 > 1.05 * pl.cdiv(n, 128) * 128:
-    return Tiling(rows=256, columns=128)
-  return Tiling(cluster=2)
+  wasteful = pl.cdiv(n, 256) * 256 > 1.05 * pl.cdiv(n, 128) * 128  # 256 columns
+  if fp8:
+    narrow = Tiling(columns=128, depth=scales.BLOCK, slots=5, cluster=2)
+    return narrow if wasteful else dataclasses.replace(narrow, columns=256, slots=4, late=False)
+  return Tiling(rows=256, columns=128) if wasteful else Tiling(cluster=2)
 
 
 def _panels(number, tall, wide, height):
@@ -156,9 +158,9 @@ def _rows_job(tiling, c, n, dtype, fp8, transposed) -> Job:
     else:
       fetch()
 
-  def factors(slot, warpgroup):
+  def factors(slot, warpgroup, columns):
     rows = pl.ds(pl.multiple_of(warpgroup * own, 64), own)
-    return slot[0].at[rows], slot[1].T if transposed else slot[1]
+    return slot[0].at[rows], _columns_of(slot[1], columns).T if transposed else slot[1]
 
   def live(tile, warpgroup):
     return (tile['real'] > 0) & (tile['last'] > warpgroup * own) & (tile['first'] < warpgroup * own + own)
@@ -200,17 +202,24 @@ def _rows_job(tiling, c, n, dtype, fp8, transposed) -> Job:
   def row_scales(slot, warpgroup):
     return _vector(slot[2], warpgroup * own, own, mosaic_gpu.ROW), None
 
-  def block_scale(refs, tile, k):  # a tile's columns are those of one block
-    return refs[4][tile['group'], k, lax.div(tile['column'], _I32(scales.BLOCK))]
+  def block_scales(refs, tile, k):
+    blocks = pl.cdiv(n, scales.BLOCK)
+    first = lax.div(tile['column'], _I32(scales.BLOCK))
+    return [refs[4][tile['group'], k, lax.min(first + part, _I32(blocks - 1))]
+            for part in range(tiling.columns // PART)]
 
   weights = (tiling.columns, tiling.depth) if transposed else (tiling.depth, tiling.columns)
   swizzle = 128 // dtype.itemsize
   slots = ((tiling.rows, tiling.depth), dtype, swizzle), (weights, dtype, swizzle)
   if fp8:
     slots += ((tiling.rows,), jnp.float32, None),
-  scaling = {'scales': row_scales, 'scale': block_scale} if fp8 else {}
+  scaling = {'scales': row_scales, 'scale': block_scales} if fp8 else {}
   return Job(slots, 2 + fp8, lambda refs: tall(refs) * wide, locate, load, factors, keep, write, write_part, live=live,
              **scaling)
+
+
+def _columns_of(array_NC, columns):
+  return array_NC if columns is None else array_NC.at[columns]
 
 
 def _vector(array, start, size, layout):
@@ -249,9 +258,9 @@ def _rhs_gradient_job(tiling, k, n, groups, dtype) -> Job:
   def own_columns(array, warpgroup, width):
     return array.at[:, pl.ds(pl.multiple_of(warpgroup * width, 64), width)]
 
-  def factors(slot, warpgroup):
+  def factors(slot, warpgroup, columns):
     if fp8:
-      return slot[0].at[pl.ds(pl.multiple_of(warpgroup * own, 64), own)], slot[1].T
+      return slot[0].at[pl.ds(pl.multiple_of(warpgroup * own, 64), own)], _columns_of(slot[1], columns).T
     return own_columns(slot[0], warpgroup, own).T, slot[1]
 
   def token_scales(slot, warpgroup):

@@ -7,7 +7,7 @@ that loads by TMA into a ring of slots. It walks the tiles `program`, `program +
   limit, so that bytes moved are time.
 - Two programs with tiles side by side form a cluster and fetch what they share from L2 once (multicast).
 - A tile's result stays in registers, rounded, and is written while the next tile is multiplied; with 2048 columns to
-  contract, writing it at once costs 6% of the time.
+  contract, writing it at once costs 6% of the time. (Not of FP8 tiles 256 columns wide: sums and products fill them.)
 - A tile's position is read one tile ahead.
 """
 
@@ -24,12 +24,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch, mosaic_gpu
 
 NEVER = 1 << 30
+PART = 128  # columns of a product in FP8
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
   """rows, columns: of a program's tile; depth: of the contraction, a slot; slots: of the ring; buffers: of 64x128 bytes
-  for each warpgroup, through which results leave. cluster: programs that share loads."""
+  for each warpgroup, through which results leave. cluster: programs that share loads. late: whether results are written
+  while the next tile is multiplied, for which they need registers."""
 
   rows: int = 128
   columns: int = 256
@@ -37,6 +39,7 @@ class Tiling:
   slots: int = 4
   buffers: int = 2
   cluster: int = 1
+  late: bool = True
 
   @property
   def own_rows(self):
@@ -51,7 +54,7 @@ class Job:
   tiles(refs): how many there are, those of a cluster counted once.
   locate(refs, number, rank): the tile of a cluster's program `rank`. 'steps': slots to load and multiply.
   load(refs, tile, k, slot, ready): starts the copies of step k into the slot's arrays; `loads` of them.
-  factors(slot, warpgroup): the two operands of wgmma.
+  factors(slot, warpgroup, columns): the two operands of wgmma; columns: a slice of the tile's, or None for all.
   keep(tile, warpgroup): what `write` needs to write the result later, and 'from_step': 0, or NEVER where it may not.
   write(out, buffers, piece, kept, row, column): copies a 64-row piece out; row and column count from the tile's first.
   write_part(whole, ...): the same for a piece of which not all rows are the tile's, given the tile, and with `whole`
@@ -60,7 +63,8 @@ class Job:
   clear(tile, k, slot, warpgroup, cleared): sets to zero what does not belong to the tile. None: nothing.
   scales(slot, warpgroup): for FP8, what multiplies a step's product before it is added: a number a row, and a number a
     column or None. None: ones.
-  scale(refs, tile, k): a number in GMEM that multiplies step k's product too; read a step ahead. None: one.
+  scale(refs, tile, k): numbers in GMEM that multiply step k's product too, one for each `PART` columns; read a step
+    ahead. None: ones.
   turning: whether every other round of tiles goes to the programs in the opposite order. Where tiles come by size, the
     program with the largest one of a round has the smallest one of the next.
   """
@@ -128,7 +132,7 @@ class _Program:
     self.pieces = pieces  # (row, column) of the 64 x `width` parts of a warpgroup's tile, in which results leave
     self.refs, self.out = refs, out
     *self.slots, self.buffers, self.ready, self.free, self.cleared = scratch
-    self.late = dtype.itemsize == 2  # a float32 result and the next tile's sums do not both fit
+    self.late = tiling.late and dtype.itemsize == 2  # a float32 result and the next tile's sums do not both fit
     self.warpgroup, self.program = lax.axis_index('warpgroup'), lax.axis_index('program')
     self.rank = lax.axis_index('rank') if tiling.cluster > 1 else jnp.int32(0)
 
@@ -207,7 +211,7 @@ class _Program:
       return (), slot
     for j in range(len(self.pieces)):
       pl.when((j >= steps) & (previous[1]['from_step'] == 0))(lambda j=j: self.write(j, *previous))
-    result = sums.astype(self.dtype)
+    result = [x.astype(self.dtype) for x in sums]
     self.write_rest(result, tile)
     return result, slot
 
@@ -217,7 +221,7 @@ class _Program:
         plgpu.barrier_wait(self.ready.at[slot])
         if self.job.clear:
           self.job.clear(tile, k, self.slot(slot), self.warpgroup, self.cleared)
-        plgpu.wgmma(sums, *self.job.factors(self.slot(slot), self.warpgroup))
+        plgpu.wgmma(sums, *self.job.factors(self.slot(slot), self.warpgroup, None))
         self.write_late(k, previous)
         plgpu.wgmma_wait(1)
         plgpu.barrier_arrive(self.free.at[self.before(slot)], predicate=k > 0)
@@ -226,13 +230,14 @@ class _Program:
       end = lax.fori_loop(0, tile['steps'], step, slot)
       result = sums[...]
       plgpu.barrier_arrive(self.free.at[self.before(end)], predicate=tile['steps'] > 0)
-      return result, end
+      return [result], end
 
     return pl.run_scoped(accumulate, plgpu.ACC((self.tiling.own_rows, self.tiling.columns), jnp.float32))
 
   def scaled_sums(self, tile, slot, previous):
-    """Each step's product is scaled and added in float32: FP8 is summed in fewer bits (DeepSeek-V3, 3.3.2)."""
-    shape, steps = (self.tiling.own_rows, self.tiling.columns), tile['steps']
+    """Each step's product is scaled and added in float32: FP8 is summed in fewer bits (DeepSeek-V3, 3.3.2). `PART`
+    columns at a time: the product of 256 would not fit beside their sums."""
+    own, parts, steps = self.tiling.own_rows, range(0, self.tiling.columns, PART), tile['steps']
 
     def scale(k):
       return self.job.scale(self.refs, tile, k) if self.job.scale else ()
@@ -244,18 +249,25 @@ class _Program:
       plgpu.barrier_wait(self.ready.at[slot])
       scale_M, scale_N = self.job.scales(self.slot(slot), self.warpgroup)
 
-      def one(product):
-        plgpu.wgmma(product, *self.job.factors(self.slot(slot), self.warpgroup))
-        self.write_late(k, previous)
-        return product[...]
+      def product_of(start):
+        def multiply(product):
+          plgpu.wgmma(product, *self.job.factors(self.slot(slot), self.warpgroup, pl.ds(start, PART)))
+          if start == parts[0]:
+            self.write_late(k, previous)
+          return product[...]
 
-      product = pl.run_scoped(one, plgpu.ACC(shape, jnp.float32))
-      plgpu.barrier_arrive(self.free.at[slot])
-      if scale_N is not None:
-        product = product * lax.broadcast_in_dim(scale_N, shape, [1])
-      if self.job.scale:
-        scale_M = scale_M * scale_here
-      return self.after(slot), scale_ahead, sums + product * lax.broadcast_in_dim(scale_M, shape, [0])
+        return pl.run_scoped(multiply, plgpu.ACC((own, PART), jnp.float32))
+
+      new_sums = []
+      for part, start in enumerate(parts):
+        product = product_of(start)
+        if start == parts[-1]:
+          plgpu.barrier_arrive(self.free.at[slot])
+        if scale_N is not None:
+          product = product * lax.broadcast_in_dim(scale_N, product.shape, [1])
+        scale_here_M = scale_M * scale_here[part] if self.job.scale else scale_M
+        new_sums.append(sums[part] + product * lax.broadcast_in_dim(scale_here_M, product.shape, [0]))
+      return self.after(slot), scale_ahead, new_sums
 
     slot, _, sums = lax.fori_loop(0, steps, step, (slot, scale(0), self.zeros(jnp.float32)))
     return sums, slot
@@ -276,8 +288,10 @@ class _Program:
     return self.zeros(self.dtype), slot
 
   def zeros(self, dtype):
-    shape = self.tiling.own_rows, self.tiling.columns
-    return plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
+    """A tile's zeros, in arrays of as many columns as its sums'."""
+    width = PART if self.job.scales else self.tiling.columns
+    return [plgpu.layout_cast(jnp.zeros((self.tiling.own_rows, width), dtype), plgpu.Layout.WGMMA)
+            for _ in range(0, self.tiling.columns, width)]
 
   def write_late(self, k, previous):
     if self.late:
@@ -305,7 +319,8 @@ class _Program:
 
   def write(self, j, result, where, *ways):
     row, column = self.pieces[j]
-    piece = result[row:row + 64, column:column + self.width].astype(self.dtype)
+    part, column_of_part = divmod(column, result[0].shape[1])
+    piece = result[part][row:row + 64, column_of_part:column_of_part + self.width].astype(self.dtype)
     buffers = [view.at[self.warpgroup, j % self.tiling.buffers] for view in self.buffers]
     plgpu.wait_smem_to_gmem(self.tiling.buffers - 1, wait_read_only=True)
     for way in ways or [self.job.write]:

@@ -4,9 +4,11 @@ the reference. It prints 'RACE DETECTED' where accesses race."""
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels import grouped_matmul, grouped_matmul_fp8, mosaic_gpu, testing
 from pallas_kernels.grouped_matmul import gpu, scales, xla
+from tests.kernels import hopper_interpreter
 
 # The simulator takes the two views of a buffer for one place, whichever warpgroup's part is meant, so races are looked
 # for where no piece is written in part: here the groups are of whole pieces.
@@ -14,6 +16,7 @@ WHOLE = (
   testing.grouped_matmul_case('clusters of two', (256, 0, 256), m=768, k=128, n=256, dtype='bfloat16'),
   testing.grouped_matmul_case('no clusters', (256, 256), m=512, k=64, n=384, dtype='bfloat16'),
   testing.grouped_matmul_fp8_case('FP8', (128, 0, 128), m=384, k=256, n=128),
+  testing.grouped_matmul_fp8_case('FP8, wide tiles', (128, 0, 128), m=384, k=256, n=512),
 )
 
 
@@ -50,6 +53,7 @@ def main():
   # The simulator dispatches small programs itself. Where 32 of ours are queued behind the kernel that it simulates, as
   # an op-by-op reference soon has them, jax admits no other until the kernel ends, and both wait for good.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
+  hopper_interpreter.refuse_copies_past_the_end(pytest.MonkeyPatch())
   for op, name in ((grouped_matmul, 'grouped_matmul'), (grouped_matmul_fp8, 'grouped_matmul_fp8')):
     for case in testing.CASES[name]:
       if 'tiles of a GPU' in case.name:

@@ -155,8 +155,9 @@ def test_group_sizes_of_any_integer_dtype_from_numpy_under_jit(implementation, d
     return jax.jit(jax.grad(lambda *x: grouped_matmul(*x, sizes, implementation=implementation).astype('f').sum(),
                             (0, 1)))(lhs_MK, rhs_GKN)
 
-  for x, y in zip(gradients(np.array(sizes, dtype), implementation), gradients(jnp.array(sizes), 'reference'),
-                  strict=True):
+  with jax.default_matmul_precision('highest'):
+    actual, expected = gradients(np.array(sizes, dtype), implementation), gradients(jnp.array(sizes), 'reference')
+  for x, y in zip(actual, expected, strict=True):
     testing.assert_close(dtype, x, y, testing.TOLERANCE[lhs_MK.dtype.name])
 
 

@@ -91,14 +91,15 @@ def test_lengths_of_any_integer_dtype_and_numpy_arrays_under_jit(implementation,
   case = testing.mla_decode_case('narrow', (1, 5), t=3, max_pages=1, heads=2)
   arrays = case.arrays(np.random.default_rng(0))
   pages_PSJ, table_BP = arrays['pages_PSJ'], np.array([[0], [1]], dtype)
-  expected = mla_decode(**arrays | {'table_BP': table_BP.astype(np.int32)}, **case.options, implementation='reference')
 
   @jax.jit
   def run(q_BTNJ, table_BP, lengths_B):
     return mla_decode(q_BTNJ, pages_PSJ, table_BP, lengths_B, **case.options, implementation=implementation)
 
-  with skipped_if_unsuitable(implementation):
+  with skipped_if_unsuitable(implementation), jax.default_matmul_precision('highest'):
     actual = run(arrays['q_BTNJ'], table_BP, arrays['lengths_B'].astype(dtype))
+    expected = mla_decode(**arrays | {'table_BP': table_BP.astype(np.int32)}, **case.options,
+                          implementation='reference')
   for x, y in zip(actual, expected, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
