@@ -20,7 +20,7 @@ from pallas_kernels.grouped_matmul.scales import quantise_tokens
 
 # Groups, rows, contraction, columns. On a CPU a small one.
 SHAPES = {True: ((32, 8192, 7168, 2048), (32, 8192, 2048, 7168), (32, 32768, 7168, 4096), (64, 32768, 2048, 1408),
-                 (8, 65536, 7168, 4096)),
+                 (8, 65536, 7168, 4096), (32, 1024, 7168, 4096)),
           False: ((8, 512, 256, 128),)}
 
 
