@@ -23,7 +23,7 @@ def get_config() -> Config:
           num_nextn_predict_layers=1, initializer_range=0.06),
       training=TrainingConfig(
           steps=STEPS, batch_size=BATCH, sequence_length=SEQUENCE, log_interval=10, eval_interval=250, eval_batches=16,
-          checkpoint_interval=500, compute_dtype='float32', bias_update_speed=5e-3),
+          checkpoint_interval=500, compute_dtype='float32', unroll_layers=True, bias_update_speed=5e-3),
       optimizer=OptimizerConfig(learning_rate=3e-3, warmup_tokens=tokens // 20, cosine_until_tokens=tokens,
                                 end_learning_rate=3e-5),
       # Pieces, so that a short run meets many files.

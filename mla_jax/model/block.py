@@ -56,7 +56,7 @@ def take(stack, index):
 
 
 def scan_stack(stack, count: int, x_BTD, bias_LE, valid_BT, ctx: Context, cache: Cache | None, first: int,
-               remat: str = 'none'):
+               remat: str = 'none', unroll: bool = False):
   """Applies a stack of blocks whose first is layer `first` of the cache. The cache travels in the carry, where XLA
   updates it in place. Returns (stream, cache, Balance with a leading layer axis, or None from dense blocks)."""
   graph, weights_L = nnx.split(stack)
@@ -70,7 +70,9 @@ def scan_stack(stack, count: int, x_BTD, bias_LE, valid_BT, ctx: Context, cache:
     return (x_BTD, cache), seen
 
   if remat != 'none':
-    body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    # In a loop nothing can be merged across passes; unrolled, merging would keep what was to be computed again.
+    body = jax.checkpoint(body, prevent_cse=unroll, policy=REMAT_POLICIES[remat])
   layers_L = first + jnp.arange(count)
-  (x_BTD, cache), seen = jax.lax.scan(body, (x_BTD, cache), (nnx.as_pure(weights_L), bias_LE, layers_L))
+  (x_BTD, cache), seen = jax.lax.scan(body, (x_BTD, cache), (nnx.as_pure(weights_L), bias_LE, layers_L),
+                                      unroll=unroll)
   return x_BTD, cache, seen

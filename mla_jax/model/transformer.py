@@ -52,13 +52,13 @@ class Transformer(nnx.Module):
       head_WD = self.embedding_WD if self.config.tie_word_embeddings else self.head_WD
       return shard(unembed(hidden_BTD, gather(head_WD[...], 'WD')), 'BTW')
 
-  def hidden(self, tokens_BT, positions_BT=None, segments_BT=None, remat: str = 'none'):
+  def hidden(self, tokens_BT, positions_BT=None, segments_BT=None, remat: str = 'none', unroll: bool = False):
     """Final hidden states, after the norm, and the Balance of the MoE layers. Segment 0 is padding."""
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     valid_BT = jnp.ones(tokens_BT.shape, bool) if segments_BT is None else segments_BT > 0
     ctx = context(self.config, positions_BT, segments_BT)
-    x_BTD, _, seen = self._stacks(self.embed(tokens_BT), valid_BT, ctx, None, remat)
+    x_BTD, _, seen = self._stacks(self.embed(tokens_BT), valid_BT, ctx, None, remat, unroll)
     return rms_norm(x_BTD, self.norm_D[...], self.config.rms_norm_eps), seen
 
   def mtp_hidden(self, depth: int, hidden_BTD, tokens_BT, positions_BT, segments_BT, valid_BT, remat: str = 'none'):
@@ -101,13 +101,14 @@ class Transformer(nnx.Module):
   def _mtp_bias(self, depth: int):
     return self.bias_LE[...][self.config.num_moe_layers + depth - 1] if self.config.n_routed_experts else None
 
-  def _stacks(self, x_BTD, valid_BT, ctx, cache: Cache | None, remat: str = 'none'):
+  def _stacks(self, x_BTD, valid_BT, ctx, cache: Cache | None, remat: str = 'none', unroll: bool = False):
     c, seen = self.config, None
     if c.num_dense_layers:
-      x_BTD, cache, _ = scan_stack(self.dense_blocks, c.num_dense_layers, x_BTD, None, valid_BT, ctx, cache, 0, remat)
+      x_BTD, cache, _ = scan_stack(self.dense_blocks, c.num_dense_layers, x_BTD, None, valid_BT, ctx, cache, 0, remat,
+                                   unroll)
     if c.num_moe_layers:
       x_BTD, cache, seen = scan_stack(self.moe_blocks, c.num_moe_layers, x_BTD, self.bias_LE[...][:c.num_moe_layers],
-                                      valid_BT, ctx, cache, c.num_dense_layers, remat)
+                                      valid_BT, ctx, cache, c.num_dense_layers, remat, unroll)
     return x_BTD, cache, seen
 
 

@@ -61,13 +61,13 @@ def layout(batch: dict, mask_documents: bool):
   return jnp.broadcast_to(jnp.arange(positions_BT.shape[1]), positions_BT.shape), jnp.minimum(segments_BT, 1)
 
 
-def sums(model: Transformer, batch: dict, *, mask_documents: bool, remat: str) -> Sums:
+def sums(model: Transformer, batch: dict, *, mask_documents: bool, remat: str, unroll: bool) -> Sums:
   """`batch`: int32 tokens, segments, positions, each [B, T + 1]."""
   config: ModelConfig = model.config
   tokens_BU, segments_BU = batch['tokens'], batch['segments']
   length = tokens_BU.shape[1] - 1
   positions_BT, segments_BT = layout(batch, mask_documents)
-  hidden_BTD, seen = model.hidden(tokens_BU[:, :-1], positions_BT, segments_BT, remat)
+  hidden_BTD, seen = model.hidden(tokens_BU[:, :-1], positions_BT, segments_BT, remat, unroll)
   main = cross_entropy(model.logits(hidden_BTD), tokens_BU[:, 1:], predicted(segments_BU, 1))
   mtp, seen = [], [] if seen is None else [seen]
   for depth in range(1, config.num_nextn_predict_layers + 1):

@@ -33,7 +33,8 @@ def train_step(config: Config, optimizer: optax.GradientTransformation):
 
   def micro_loss(params, buffers, batch, counts, mtp_weight):
     sums = loss.sums(nnx.merge(graph, cast(params, dtype), buffers), batch,
-                     mask_documents=config.data.mask_documents, remat=config.training.remat)
+                     mask_documents=config.data.mask_documents, remat=config.training.remat,
+                     unroll=config.training.unroll_layers)
     value, _ = loss.total(sums, counts, mtp_weight, model.aux_loss_alpha)
     return value, sums
 
