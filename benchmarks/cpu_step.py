@@ -3,6 +3,7 @@
     python -m benchmarks.cpu_step [--peer [--peer_python=.venv-peers/bin/python]]
 
 Both sides float32, two threads, the widths of configs/tiny.py without MTP (the peer trains none), AdamW with clipping.
+Ours trains on all devices there are: two halves of the batch in the Makefile's `CPU` environment.
 Ours and the peer's rounds alternate, and medians over the rounds are compared, so that a slow spell of the machine
 meets both. The peer runs in a process of its own with each of its expert and attention implementations that runs on a
 CPU, and its best counts. One JSON line for a training step, one for decoding.
