@@ -104,7 +104,8 @@ def main(_):
   ours, rounds = Ours(c), []
   for _ in range(ROUNDS.value):
     rounds.append(dict(ours=dict(train=ours.train(5), decode=ours.decode()), peer=peer(shape) if PEER.value else None))
-  hardware = dict(cpu=_cpu_name(), cores=os.cpu_count(), jax=jax.__version__, python=sys.version.split()[0])
+  hardware = dict(cpu=_cpu_name(), cores=os.cpu_count(), devices=jax.device_count(), jax=jax.__version__,
+                  python=sys.version.split()[0])
   for what, unit in (('train', tokens), ('decode', 1)):
     mine = unit / statistics.median(r['ours'][what] for r in rounds)
     line = dict(benchmark=f'cpu_{what}', dtype='float32', threads=THREADS, tokens_per_second=mine, **hardware)

@@ -276,7 +276,8 @@ class TrainingConfig:
   keep_checkpoints: int = 2
   compute_dtype: str = 'bfloat16'  # master weights are float32 always
   remat: str = 'none'  # what the backward pass recomputes: none, full (all of a layer), dots (all but matmuls)
-  unroll_layers: bool = False  # compiles each layer and not one for all: longer, but what a loop stacks isn't copied
+  # Compile every layer on its own: takes longer, and saves the copies into and out of a loop's stacked arrays.
+  unroll_layers: bool = False
   mtp_loss_weight: float = 0.3
   mtp_loss_switch_tokens: int = 0  # from here mtp_loss_weight_after; 0: never
   mtp_loss_weight_after: float = 0.1

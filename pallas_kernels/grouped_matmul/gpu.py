@@ -101,8 +101,7 @@ def _rows_times_group(x_MC, weights, group_sizes_G, scales, out_dtype, zero_tail
   operands = x_MC, weights, table
   if scales:
     lhs_scales, rhs_scales = scales
-    # A tile's worth beyond the rows: a copy in one dimension is no tensor copy, and nothing stops it at an array's end.
-    operands += jnp.pad(lhs_scales, ((0, m - rows + tiling.rows), (0, 0))).T, rhs_scales
+    operands += jnp.pad(lhs_scales, ((0, m - rows), (0, 0))).T, rhs_scales
   job = _rows_job(tiling, c, n, x_MC.dtype, bool(scales), transposed)
   return run(job, tiling, operands, (m, n), out_dtype, name='grouped_matmul')[:rows]
 

@@ -1,13 +1,15 @@
 """A persistent matrix product on Hopper: the loop that the grouped matmul kernels share.
 
 A program (one a streaming multiprocessor) has two warpgroups that multiply, each one half of a tile's rows, and a third
-that loads by TMA into a ring of slots. It walks the tiles `program`, `program + programs`, ...
+that loads by TMA into a ring of slots. It walks the tiles `program`, `program + programs`, ...,
+and every other round of them backwards where a job is `turning`.
 
 - Tiles of 128x256: wgmma's 64x256 reads the fewest bytes of shared memory per product, and the chip is at its power
   limit, so that bytes moved are time.
 - Two programs with tiles side by side form a cluster and fetch what they share from L2 once (multicast).
 - A tile's result stays in registers, rounded, and is written while the next tile is multiplied; with 2048 columns to
-  contract, writing it at once costs 6% of the time. (Not of FP8 tiles 256 columns wide: sums and products fill them.)
+  contract, writing it at once costs 6% of the time. (Not so FP8 tiles 256 columns wide, whose sums and products fill
+  the registers.)
 - A tile's position is read one tile ahead.
 """
 
@@ -30,8 +32,8 @@ PART = 128  # columns of a product in FP8
 @dataclasses.dataclass(frozen=True)
 class Tiling:
   """rows, columns: of a program's tile; depth: of the contraction, a slot; slots: of the ring; buffers: of 64x128 bytes
-  for each warpgroup, through which results leave. cluster: programs that share loads. late: whether results are written
-  while the next tile is multiplied, for which they need registers."""
+  for each warpgroup, through which results leave. cluster: programs that share loads. late: whether results of
+  16 bits are written while the next tile is multiplied, for which they need registers; others never are."""
 
   rows: int = 128
   columns: int = 256

@@ -102,7 +102,7 @@ class Refs(NamedTuple):
 def results(c: Call):
   """o, lse, and the float32 pieces of both: two slots a part, for its first request and for another.
 
-  lse has whole tiles: its copies, of one dimension, are no tensor copies, and nothing stops them at the end of a row.
+  lse has whole tiles: a store along one dimension is no tensor copy, and nothing stops it at the end of a row.
   """
   pieces = 2 * c.parts, c.blocks * ROWS
   return (jax.ShapeDtypeStruct((c.batch, c.rows, c.value_width), c.dtype),

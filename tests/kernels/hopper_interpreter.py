@@ -16,28 +16,25 @@ from pallas_kernels import mosaic_gpu
 MULTIPROCESSORS = 2  # so that a program has several tiles
 
 
-def refuse_copies_past_the_end(monkeypatch):
-  """From here on the interpreter raises at copies along one dimension that pass the end of a row in GMEM.
+def refuse_stores_past_the_end(monkeypatch):
+  """From here on the interpreter raises where a copy to GMEM along one dimension passes the end of a row.
 
-  TMA's tensor copies stop there, and so do the interpreter's of every kind; but along one dimension, without a tiled
-  layout, Mosaic makes a plain bulk copy, which goes on into the next row, or past the end of the array.
+  TMA's tensor copies stop there, and so do the interpreter's of every kind; but where the place is contiguous and has
+  no tiled layout, Mosaic stores by a plain bulk copy, which goes on into the next row.
   """
   from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
   from jax._src.state import indexing
 
-  def guarded(copy, gmem):
-    def guarded_copy(**arguments):
-      for indexer in arguments[gmem]:
-        if isinstance(indexer, indexing.NDIndexer):
-          ends = [(int(i.start) + i.size, n) for i, n in zip(indexer.indices, indexer.shape, strict=True)
-                  if isinstance(i, indexing.Slice)]
-          if len(ends) == 1 and ends[0][0] > ends[0][1]:
-            raise IndexError('a bulk copy up to {} of an axis of {}: it would not stop there'.format(*ends[0]))
-      return copy(**arguments)
-    return gpu_callbacks.fail_on_exception(guarded_copy)
+  def guarded(store=gpu_callbacks.copy_smem_to_gmem, **arguments):
+    for indexer in arguments['dst_transforms']:
+      if isinstance(indexer, indexing.NDIndexer):
+        ends = [(int(i.start) + i.size, n) for i, n in zip(indexer.indices, indexer.shape, strict=True)
+                if isinstance(i, indexing.Slice)]
+        if len(ends) == 1 and ends[0][0] > ends[0][1]:
+          raise IndexError('a bulk copy up to {} of an axis of {}: it would not stop there'.format(*ends[0]))
+    return store(**arguments)
 
-  for name, gmem in (('copy_smem_to_gmem', 'dst_transforms'), ('copy_gmem_to_smem', 'src_transforms')):
-    monkeypatch.setattr(gpu_callbacks, name, guarded(getattr(gpu_callbacks, name), gmem))
+  monkeypatch.setattr(gpu_callbacks, 'copy_smem_to_gmem', gpu_callbacks.fail_on_exception(guarded))
 
 
 @contextlib.contextmanager
@@ -166,7 +163,7 @@ def interpreter(monkeypatch):
   monkeypatch.setattr(jaxpr_interpret, 'JaxprInterpreter', Interpreter)
   monkeypatch.setattr(shared_memory.Barrier, 'deallocate', deallocate)
   monkeypatch.setattr(mosaic_gpu, 'multiprocessors', lambda *_: MULTIPROCESSORS)
-  refuse_copies_past_the_end(monkeypatch)
+  refuse_stores_past_the_end(monkeypatch)
   gpu_callbacks.reset_gpu_interpret_mode_state()
   try:
     with mosaic_gpu.interpreter():

@@ -18,6 +18,12 @@ WHOLE = (
   testing.grouped_matmul_fp8_case('FP8', (128, 0, 128), m=384, k=256, n=128),
   testing.grouped_matmul_fp8_case('FP8, wide tiles', (128, 0, 128), m=384, k=256, n=512),
 )
+# Pieces past the last column, and a block of weights past the last one of an odd number.
+CUT = (
+  testing.grouped_matmul_fp8_case('FP8, wide tiles cut', (70, 0, 98, 9), m=197, k=128, n=448),
+  testing.grouped_matmul_fp8_case('FP8, narrow tiles cut', (70, 0, 98, 9), m=197, k=128, n=320),
+  testing.grouped_matmul_fp8_case('FP8, an odd number of blocks', (3, 5), m=8, k=128, n=2688),
+)
 
 
 def ragged_gradient_to_weights(parity):
@@ -53,13 +59,17 @@ def main():
   # The simulator dispatches small programs itself. Where 32 of ours are queued behind the kernel that it simulates, as
   # an op-by-op reference soon has them, jax admits no other until the kernel ends, and both wait for good.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
-  hopper_interpreter.refuse_copies_past_the_end(pytest.MonkeyPatch())
+  hopper_interpreter.refuse_stores_past_the_end(pytest.MonkeyPatch())
   for op, name in ((grouped_matmul, 'grouped_matmul'), (grouped_matmul_fp8, 'grouped_matmul_fp8')):
     for case in testing.CASES[name]:
       if 'tiles of a GPU' in case.name:
         with mosaic_gpu.interpreter(detect_races=False):
           testing.check(op, 'gpu', case)
         print(name, case, flush=True)
+  for case in CUT:
+    with mosaic_gpu.interpreter(detect_races=False):
+      testing.check(grouped_matmul, 'gpu', case)
+    print(case, flush=True)
   for case in WHOLE:
     with mosaic_gpu.interpreter():
       testing.check(grouped_matmul, 'gpu', case)
