@@ -211,6 +211,7 @@ def test_a_workdir_that_is_a_file(config, tmp_path):
   assert (tmp_path / 'file').read_text() == 'mine'
 
 
+@pytest.mark.long
 def test_init_from_a_hugging_face_directory(config, finished, tmp_path, caplog):
   params, buffers = weights(finished)
   hugging_face.save(tmp_path / 'hf', config.model, params, buffers, file_bytes=20_000)
