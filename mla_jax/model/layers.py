@@ -1,5 +1,7 @@
 """The small parts: normalisation, SwiGLU, initial values, dtype rules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,10 +36,36 @@ def cast(params, dtype):
   return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_fp8)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x, scale, epsilon: float):
+  return _scaled(x, _inverse_rms(x, epsilon), scale)
+
+
+def _inverse_rms(x, epsilon):
   x32 = x.astype(jnp.float32)
-  x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-  return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+  return jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+
+
+def _scaled(x, inverse, scale):
+  return (x.astype(jnp.float32) * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rms_norm_forward(x, scale, epsilon):
+  inverse = _inverse_rms(x, epsilon)
+  return _scaled(x, inverse, scale), (x, inverse, scale)
+
+
+def _rms_norm_backward(epsilon, saved, g):
+  """From the input and one number a row, where autodiff would keep the normalised input too."""
+  del epsilon
+  x, inverse, scale = saved
+  g32, normal32 = g.astype(jnp.float32), x.astype(jnp.float32) * inverse
+  dnormal32 = g32 * scale.astype(jnp.float32)
+  dx32 = inverse * (dnormal32 - normal32 * jnp.mean(dnormal32 * normal32, axis=-1, keepdims=True))
+  return dx32.astype(x.dtype), (g32 * normal32).sum(range(x.ndim - 1)).astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 @jax.custom_vjp
@@ -60,12 +88,38 @@ def _unembed_backward(saved, g_BTW):
 unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
+@jax.custom_vjp
 def swiglu(x_BTD, wi_D2F, wo_FD):
   # Matmuls here and below keep their operands' dtype on the outside; XLA accumulates bf16 in float32 on every
   # backend. preferred_element_type=float32 would make the backward pass multiply in float32 too (see `unembed`).
+  return _swiglu_forward(x_BTD, wi_D2F, wo_FD)[0]
+
+
+def _swiglu_forward(x_BTD, wi_D2F, wo_FD):
   with jax.named_scope('swiglu'):
-    h_BT2F = jnp.einsum('BTD,DZF->BTZF', x_BTD, wi_D2F)
-    return jnp.einsum('BTF,FD->BTD', jax.nn.silu(h_BT2F[:, :, 0]) * h_BT2F[:, :, 1], wo_FD)
+    h_BT2F = jnp.einsum('BTD,DF->BTF', x_BTD, wi_D2F.reshape(len(wi_D2F), -1))
+    gate_BTF, up_BTF = jnp.split(h_BT2F, 2, axis=-1)
+    y_BTD = jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, wo_FD)
+    return y_BTD, (x_BTD, wi_D2F, wo_FD, h_BT2F)
+
+
+def _swiglu_backward(saved, dy_BTD):
+  """Keeps gate and up alone, where autodiff would keep four numbers more of each, and writes their gradient whole."""
+  x_BTD, wi_D2F, wo_FD, h_BT2F = saved
+  with jax.named_scope('swiglu'):
+    gate_BTF, up_BTF = (half.astype(jnp.float32) for half in jnp.split(h_BT2F, 2, axis=-1))
+    sigmoid_BTF = jax.nn.sigmoid(gate_BTF)
+    silu_BTF = gate_BTF * sigmoid_BTF
+    da_BTF = jnp.einsum('BTD,FD->BTF', dy_BTD, wo_FD).astype(jnp.float32)
+    dgate_BTF = da_BTF * up_BTF * (sigmoid_BTF + silu_BTF * (1 - sigmoid_BTF))
+    dh_BT2F = jnp.concatenate([dgate_BTF, da_BTF * silu_BTF], axis=-1).astype(h_BT2F.dtype)
+    dwo_FD = jnp.einsum('BTF,BTD->FD', (silu_BTF * up_BTF).astype(h_BT2F.dtype), dy_BTD)
+    dwi_D2F = jnp.einsum('BTD,BTF->DF', x_BTD, dh_BT2F).reshape(wi_D2F.shape)
+    dx_BTD = jnp.einsum('BTF,DF->BTD', dh_BT2F, wi_D2F.reshape(len(wi_D2F), -1))
+    return dx_BTD, dwi_D2F, dwo_FD
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class SwiGLU(nnx.Module):

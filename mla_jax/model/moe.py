@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mla_jax.axes import TABLE, current_mesh, shard, undivided
+from mla_jax.axes import TABLE, current_mesh, per_device, shard, undivided
 from mla_jax.config import ConfigError, ModelConfig
 from mla_jax.model.experts import experts
 from mla_jax.model.layers import SwiGLU, normal
@@ -88,6 +88,13 @@ def choose(scores_BTE, bias_E, config: ModelConfig):
   return jax.lax.top_k(scores_BTE, config.num_experts_per_tok)[1]
 
 
+def _token_by_token(select, scores_BTE, *whole, shape):
+  """select(scores_BTE, *whole), [B, T, X], by each device for its own tokens: left to the compiler, top_k has every
+  device gather and sort the whole batch."""
+  # E has no letter here: all scores of a token stay together.
+  return per_device(select, (scores_BTE, *whole), ('BT_', *('_' * x.ndim for x in whole)), ('BTX', shape))
+
+
 def weigh(scores_BTE, experts_BTX, config: ModelConfig):
   weights_BTX = jnp.take_along_axis(scores_BTE, experts_BTX, axis=-1)
   if config.norm_topk_prob:
@@ -114,7 +121,9 @@ def balance(scores_BTE, experts_BTX, valid_BT, config: ModelConfig) -> Balance:
   if config.scoring_func == 'sigmoid':
     probability_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)
     if config.topk_method == 'noaux_tc':
-      counted_BE = counts_BE(jax.lax.top_k(scores_BTE, config.num_experts_per_tok)[1])
+      best_BTX = _token_by_token(lambda scores_BTE: jax.lax.top_k(scores_BTE, experts_BTX.shape[-1])[1], scores_BTE,
+                                 shape=experts_BTX.shape)
+      counted_BE = counts_BE(best_BTX)
   length_B1 = jnp.maximum(valid_BT.sum(-1, keepdims=True), 1)
   f_BE = counted_BE * (config.n_routed_experts / config.num_experts_per_tok) / length_B1
   p_BE = jnp.einsum('BTE,BT->BE', probability_BTE, valid_BT) / length_B1
@@ -141,6 +150,8 @@ def dispatch(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
   batch, weights = PartitionSpec(TABLE['B']), PartitionSpec(TABLE['E'])
 
   def body(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
+    if mesh.shape['expert'] == 1:  # XLA for CPUs would copy every token to gather it from nobody else
+      return experts(flat(x_BTD), flat(ids_BTX), flat(weights_BTX), wi_ED2F, wo_EFD, 0).reshape(x_BTD.shape)
     first = jax.lax.axis_index('expert') * wi_ED2F.shape[0]
     tokens = [jax.lax.all_gather(t, 'expert', tiled=True) for t in (x_BTD, ids_BTX, weights_BTX)]
     y_BTD = experts(*map(flat, tokens), wi_ED2F, wo_EFD, first).reshape(tokens[0].shape)
@@ -165,7 +176,9 @@ class MixtureOfExperts(nnx.Module):
   def __call__(self, x_BTD, bias_E, valid_BT) -> tuple[jax.Array, Balance]:
     with jax.named_scope('moe/route'):
       scores_BTE = scores(x_BTD, self.router_DE[...], self.config.scoring_func)
-      ids_BTX = choose(jax.lax.stop_gradient(scores_BTE), bias_E, self.config)
+      ids_BTX = _token_by_token(lambda scores_BTE, bias_E: choose(scores_BTE, bias_E, self.config),
+                                jax.lax.stop_gradient(scores_BTE), bias_E,
+                                shape=(*scores_BTE.shape[:2], self.config.num_experts_per_tok))
       weights_BTX = weigh(scores_BTE, ids_BTX, self.config)
       seen = balance(scores_BTE, ids_BTX, valid_BT, self.config)
     y_BTD = dispatch(x_BTD, ids_BTX, weights_BTX, self.wi_ED2F[...], self.wo_EFD[...])

@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul.scales import BLOCK, dequantise, padded_sizes
 
 # Most rows a visit has. Small tiles copy a weight matrix too often, large ones waste rows at the ends of groups.
-TILE = {'cpu': 128, 'gpu': 512, 'tpu': 512}
+TILE = {'cpu': 64, 'gpu': 512, 'tpu': 512}
 
 
 def forward(lhs_MK, rhs_GKN, group_sizes_G, lhs_scales, rhs_scales, out_dtype, zero_tail):

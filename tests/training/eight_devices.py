@@ -20,26 +20,27 @@ def one_step(config, mesh):
   optimizer = optax.identity()
   state = initial_state(config.model, optimizer, 0, mesh)
   before = jax.device_get(state.params)
+  inputs = small.batch(config.training.batch_size, 24), Controls(*map(np.float32, (1.0, 0.3, 1e-3)))
   with jax.set_mesh(mesh):
-    state, metrics = train_step(config, optimizer)(
-        state, small.batch(config.training.batch_size, 24), Controls(*map(np.float32, (1.0, 0.3, 1e-3))))
+    step = train_step(config, optimizer).lower(state, *inputs).compile()
+    state, metrics = step(state, *inputs)
   gradients = jax.tree.map(np.subtract, before, jax.device_get(state.params))
   layouts = {jax.tree_util.keystr(path): str(leaf.sharding.spec)
              for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
   found = dict(loss=metrics['loss'], load=metrics['load_LE'], bias=state.buffers['bias_LE'])
-  return jax.device_get(found), gradients, layouts
+  return jax.device_get(found), gradients, layouts, step.as_text().count(' all-gather(')
 
 
 def main(accumulation: int, batch_size: int, meshes: list[str]):
   config = small.config(batch_size=batch_size, gradient_accumulation=accumulation)
-  expected, gradients, _ = one_step(
+  expected, gradients, _, _ = one_step(
       small.config(batch_size=batch_size), axes.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
   for mesh in meshes:
     data, fsdp, expert = map(int, mesh.split('x'))
-    found, theirs, layouts = one_step(config, axes.make_mesh(MeshConfig(data=data, fsdp=fsdp, expert=expert)))
+    found, theirs, layouts, gathers = one_step(config, axes.make_mesh(MeshConfig(data=data, fsdp=fsdp, expert=expert)))
     errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / (np.abs(b).max() + 1e-12)), theirs, gradients)
     print(json.dumps(dict(
-        mesh=[data, fsdp, expert], loss=abs(float(found['loss'] - expected['loss'])),
+        mesh=[data, fsdp, expert], gathers=gathers, loss=abs(float(found['loss'] - expected['loss'])),
         gradient=max(jax.tree.leaves(errors)), load=bool((found['load'] == expected['load']).all()),
         bias=bool((found['bias'] == expected['bias']).all()), bias_moved=bool(np.abs(found['bias']).max() > 0),
         experts=layouts["['moe_blocks']['ffn']['wi_ED2F']"])), flush=True)
