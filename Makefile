@@ -8,7 +8,7 @@ BIN := .venv/bin
 # XLA's CPU runtime allocates its temporaries anew in every call. Huge pages, and memory that is kept rather than given
 # back, save page faults: 22 and 29% of a training step's CPU time in two single comparisons on Linux; elsewhere nothing.
 # Two devices, each with half of the batch, keep two cores busier than one device's parallel matmuls do. Fusions with
-# several outputs read once what several results need: 9% of a step.
+# several outputs read once what several results need: 8% of a step.
 CPU := JAX_PLATFORMS=cpu \
   XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=2 \
   --xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true" \

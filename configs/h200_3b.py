@@ -3,7 +3,7 @@
 Command:  python -m mla_jax.data.tokenizer --source=site-packages --vocab_size=32768 --output=runs/bpe32k
           python train.py --config=configs/h200_3b.py --workdir=runs/h200_3b
 Hardware: one H200
-Result:   103,200 to 105,300 tokens/s, 40% of 989 TFLOP/s (one run of 40 steps, commit 240ed06, with
+Result:   103,200 to 105,300 tokens/s, 40% of 989 TFLOP/s (one run of 40 steps, about 240ed06, with
           --config.data.source=stdlib --config.data.tokenizer=byte; Hugging Face compiled: 73,200, another day's run);
           one row decodes at 732 to 758 tokens/s in bf16 (fa51ff9)
 """

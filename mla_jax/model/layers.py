@@ -88,6 +88,11 @@ def _unembed_backward(saved, g_BTW):
 unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
+def _activate(h_BT2F):
+  gate_BTF, up_BTF = jnp.split(h_BT2F, 2, axis=-1)
+  return jax.nn.silu(gate_BTF) * up_BTF
+
+
 @jax.custom_vjp
 def swiglu(x_BTD, wi_D2F, wo_FD):
   # Matmuls here and below keep their operands' dtype on the outside; XLA accumulates bf16 in float32 on every
@@ -98,22 +103,17 @@ def swiglu(x_BTD, wi_D2F, wo_FD):
 def _swiglu_forward(x_BTD, wi_D2F, wo_FD):
   with jax.named_scope('swiglu'):
     h_BT2F = jnp.einsum('BTD,DF->BTF', x_BTD, wi_D2F.reshape(len(wi_D2F), -1))
-    gate_BTF, up_BTF = jnp.split(h_BT2F, 2, axis=-1)
-    y_BTD = jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, wo_FD)
-    return y_BTD, (x_BTD, wi_D2F, wo_FD, h_BT2F)
+    return jnp.einsum('BTF,FD->BTD', _activate(h_BT2F), wo_FD), (x_BTD, wi_D2F, wo_FD, h_BT2F)
 
 
 def _swiglu_backward(saved, dy_BTD):
-  """Keeps gate and up alone, where autodiff would keep four numbers more of each, and writes their gradient whole."""
+  """From gate and up, activated again; autodiff would keep the activations and what they were made of."""
   x_BTD, wi_D2F, wo_FD, h_BT2F = saved
   with jax.named_scope('swiglu'):
-    gate_BTF, up_BTF = (half.astype(jnp.float32) for half in jnp.split(h_BT2F, 2, axis=-1))
-    sigmoid_BTF = jax.nn.sigmoid(gate_BTF)
-    silu_BTF = gate_BTF * sigmoid_BTF
-    da_BTF = jnp.einsum('BTD,FD->BTF', dy_BTD, wo_FD).astype(jnp.float32)
-    dgate_BTF = da_BTF * up_BTF * (sigmoid_BTF + silu_BTF * (1 - sigmoid_BTF))
-    dh_BT2F = jnp.concatenate([dgate_BTF, da_BTF * silu_BTF], axis=-1).astype(h_BT2F.dtype)
-    dwo_FD = jnp.einsum('BTF,BTD->FD', (silu_BTF * up_BTF).astype(h_BT2F.dtype), dy_BTD)
+    a_BTF, activation_gradient = jax.vjp(_activate, h_BT2F.astype(jnp.float32))
+    (dh_BT2F,) = activation_gradient(jnp.einsum('BTD,FD->BTF', dy_BTD, wo_FD).astype(jnp.float32))
+    dh_BT2F = dh_BT2F.astype(h_BT2F.dtype)
+    dwo_FD = jnp.einsum('BTF,BTD->FD', a_BTF.astype(h_BT2F.dtype), dy_BTD)
     dwi_D2F = jnp.einsum('BTD,BTF->DF', x_BTD, dh_BT2F).reshape(wi_D2F.shape)
     dx_BTD = jnp.einsum('BTF,DF->BTD', dh_BT2F, wi_D2F.reshape(len(wi_D2F), -1))
     return dx_BTD, dwi_D2F, dwo_FD

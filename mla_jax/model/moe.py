@@ -89,8 +89,8 @@ def choose(scores_BTE, bias_E, config: ModelConfig):
 
 
 def _token_by_token(select, scores_BTE, *whole, shape):
-  """select(scores_BTE, *whole), [B, T, X], by each device for its own tokens: left to the compiler, top_k has every
-  device gather and sort the whole batch."""
+  """select(scores_BTE, *whole), [B, T, X], by each device for its own tokens: left to XLA for CPUs, top_k has
+  every device gather and sort the whole batch."""
   # E has no letter here: all scores of a token stay together.
   return per_device(select, (scores_BTE, *whole), ('BT_', *('_' * x.ndim for x in whole)), ('BTX', shape))
 
@@ -138,25 +138,25 @@ def rebalance(bias_LE, load_LE, speed):
 def dispatch(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
   """`experts` on whatever mesh there is. Over the expert axis, tokens are gathered, each shard computes its own
   experts, and the sums are scattered back: exact and dropless, with an exchange of every token."""
-  def flat(x):
-    return x.reshape(-1, x.shape[-1])
+  def local(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD, first=0):
+    tokens = (t.reshape(-1, t.shape[-1]) for t in (x_BTD, ids_BTX, weights_BTX))
+    return experts(*tokens, wi_ED2F, wo_EFD, first).reshape(x_BTD.shape)
 
   mesh = current_mesh()
   if mesh is None:
-    return experts(flat(x_BTD), flat(ids_BTX), flat(weights_BTX), wi_ED2F, wo_EFD, 0).reshape(x_BTD.shape)
+    return local(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD)
   if told := undivided('B', x_BTD.shape[:1], mesh):
     # Rows held by several devices at once gave wrong gradients here (tests/training/test_mesh.py).
     raise ConfigError(f'{told[0]} devices of the mesh; use a batch that is, or a smaller mesh')
   batch, weights = PartitionSpec(TABLE['B']), PartitionSpec(TABLE['E'])
 
-  def body(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
-    if mesh.shape['expert'] == 1:  # XLA for CPUs would copy every token to gather it from nobody else
-      return experts(flat(x_BTD), flat(ids_BTX), flat(weights_BTX), wi_ED2F, wo_EFD, 0).reshape(x_BTD.shape)
+  def exchange(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD):
     first = jax.lax.axis_index('expert') * wi_ED2F.shape[0]
     tokens = [jax.lax.all_gather(t, 'expert', tiled=True) for t in (x_BTD, ids_BTX, weights_BTX)]
-    y_BTD = experts(*map(flat, tokens), wi_ED2F, wo_EFD, first).reshape(tokens[0].shape)
-    return jax.lax.psum_scatter(y_BTD, 'expert', tiled=True)
+    return jax.lax.psum_scatter(local(*tokens, wi_ED2F, wo_EFD, first), 'expert', tiled=True)
 
+  # XLA for CPUs copies what it gathers even from nobody else.
+  body = local if mesh.shape['expert'] == 1 else exchange
   return jax.shard_map(body, in_specs=(batch, batch, batch, weights, weights), out_specs=batch,
                        check_vma=True)(x_BTD, ids_BTX, weights_BTX, wi_ED2F, wo_EFD)
 

@@ -11,8 +11,7 @@ EPSILON = 1e-3  # large enough to be seen in a gradient
 
 
 def rms_norm(x, scale):
-  x64 = x.astype(jnp.float32)
-  return (x64 / jnp.sqrt((x64 ** 2).mean(-1, keepdims=True) + EPSILON) * scale).astype(x.dtype)
+  return x / jnp.sqrt((x ** 2).mean(-1, keepdims=True) + EPSILON) * scale
 
 
 def swiglu(x_BTD, wi_D2F, wo_FD):
