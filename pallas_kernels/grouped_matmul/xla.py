@@ -51,15 +51,21 @@ def _rhs_gradient(factors, lhs_MK, dy_MN, group_sizes_G, out_dtype):
     rows, mine_m1, g = visit
     # Both sides masked: the tail and other groups may hold NaN, and 0 times NaN is NaN.
     lhs_mK, dy_mN = (jnp.where(mine_m1, x, 0) for x in factors(rows))
-    part_KN = jnp.einsum('mK,mN->KN', lhs_mK, dy_mN, preferred_element_type=jnp.float32)
-    return jax.lax.dynamic_update_index_in_dim(drhs_GKN, _pick(drhs_GKN, g) + part_KN, g, 0)
+    lhs_Km = lhs_mK.T
+    if dispatch.platform(lhs_MK) == 'cpu':
+      # Without the barrier XLA takes lhs_mK after all, and a product that splits over the pool's threads and waits for
+      # them, while they compute for other devices.
+      lhs_Km = jax.lax.optimization_barrier(lhs_Km)
+    part_KN = jnp.einsum('Km,mN->KN', lhs_Km, dy_mN, preferred_element_type=jnp.float32)
+    return jax.lax.dynamic_update_index_in_dim(drhs_GKN, _pick(drhs_GKN, g) + part_KN, g, 0,
+                                               allow_negative_indices=False)
 
   shape = (group_sizes_G.shape[0], lhs_MK.shape[1], dy_MN.shape[1])
   return _loop(body, jnp.zeros(shape, jnp.float32), lhs_MK, group_sizes_G).astype(out_dtype)
 
 
 def _pick(x, g):
-  return jax.lax.dynamic_index_in_dim(x, g, keepdims=False)
+  return jax.lax.dynamic_index_in_dim(x, g, keepdims=False, allow_negative_indices=False)
 
 
 def _map_rows(product, x_MK, width, group_sizes_G, out_dtype):
@@ -93,17 +99,19 @@ def _loop(body, carry, x_MK, group_sizes_G):
   group = jnp.minimum(group, groups - 1)
   end = end_G[group]
   first = end - group_sizes_G[group] + (visit - (last_visit_G - tiles_G)[group]) * tile
+  start = jnp.minimum(first, m - tile)
 
   def step(i, carry):
-    start = jnp.minimum(first[i], m - tile)
-    row_m1 = start + jnp.arange(tile)[:, None]
+    # Every index is known to be in bounds, which spares the loop what jax does for negative ones.
+    first_i, end_i, start_i, group_i = (_pick(x, i) for x in (first, end, start, group))
+    row_m1 = start_i + jnp.arange(tile)[:, None]
 
     def rows(x, new=None, every=1):
       if new is None:
-        return jax.lax.dynamic_slice_in_dim(x, start // every, max(tile // every, 1))
-      return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
+        return jax.lax.dynamic_slice_in_dim(x, start_i // every, max(tile // every, 1), allow_negative_indices=False)
+      return jax.lax.dynamic_update_slice_in_dim(x, new, start_i, 0, allow_negative_indices=False)
 
-    return body((rows, (row_m1 >= first[i]) & (row_m1 < end[i]), group[i]), carry)
+    return body((rows, (row_m1 >= first_i) & (row_m1 < end_i), group_i), carry)
 
   # The number of visits is data. A loop that stops there costs an accelerator a host round trip an iteration, so
   # there the bound is static.
