@@ -102,13 +102,14 @@ def _loop(body, carry, x_MK, group_sizes_G):
   start = jnp.minimum(first, m - tile)
 
   def step(i, carry):
-    # Every index is known to be in bounds, which spares the loop what jax does for negative ones.
+    # No index is negative, which spares the loop what jax does for those (and `//` too).
     first_i, end_i, start_i, group_i = (_pick(x, i) for x in (first, end, start, group))
     row_m1 = start_i + jnp.arange(tile)[:, None]
 
     def rows(x, new=None, every=1):
       if new is None:
-        return jax.lax.dynamic_slice_in_dim(x, start_i // every, max(tile // every, 1), allow_negative_indices=False)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.div(start_i, every), max(tile // every, 1),
+                                            allow_negative_indices=False)
       return jax.lax.dynamic_update_slice_in_dim(x, new, start_i, 0, allow_negative_indices=False)
 
     return body((rows, (row_m1 >= first_i) & (row_m1 < end_i), group_i), carry)
