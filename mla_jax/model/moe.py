@@ -79,8 +79,7 @@ def choose(scores_BTE, bias_E, config: ModelConfig):
   if config.topk_method != 'greedy' and config.n_group > 1:
     grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], config.n_group, -1)
     if config.topk_method == 'noaux_tc':
-      # Of two experts both are the best two, found without sorting.
-      group_score = (grouped if grouped.shape[-1] == 2 else jax.lax.top_k(grouped, 2)[0]).sum(-1)
+      group_score = jax.lax.top_k(grouped, 2)[0].sum(-1)
     else:
       group_score = grouped.max(-1)
     kept = jax.nn.one_hot(jax.lax.top_k(group_score, config.topk_group)[1], config.n_group, dtype=bool).any(-2)

@@ -22,7 +22,7 @@ BANDED = {'cpu': 10, 'gpu': 0, 'tpu': 0}  # most pairs that are computed in band
 def forward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal):
   """(o_BTNV, lse_BTN)."""
   grid = _Grid(q_BTNH, k_BSNH, causal)
-  run = _forward_in_bands if len(grid.pairs) <= BANDED[dispatch.platform(q_BTNH)] else _forward_in_pairs
+  run = _forward_in_bands if grid.banded else _forward_in_pairs
   return run(grid, q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale)
 
 
@@ -31,7 +31,7 @@ def backward(q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, causal, o_B
   grid = _Grid(q_BTNH, k_BSNH, causal)
   # d score = p (do.v - do.o + dlse): the softmax's own two terms and the log-sum-exp's, whose gradient is p.
   shift_BTN = dlse_BTN - _dot('BTNV,BTNV->BTN', do_BTNV, o_BTNV)
-  run = _backward_in_bands if len(grid.pairs) <= BANDED[dispatch.platform(q_BTNH)] else _backward_in_pairs
+  run = _backward_in_bands if grid.banded else _backward_in_pairs
   return run(grid, q_BTNH, k_BSNH, v_BSNV, q_segments, kv_segments, scale, lse_BTN, do_BTNV, shift_BTN)
 
 
@@ -149,11 +149,12 @@ class _Grid:
   def __init__(self, q_BTNH, k_BSNH, causal):
     self.t, self.s, self.causal = q_BTNH.shape[1], k_BSNH.shape[1], causal
     self.varying = dispatch.varying_axes(q_BTNH)
-    block = BLOCK[dispatch.platform(q_BTNH)]
-    self.q_block, self.k_block = (-(-n // -(-n // block)) for n in (self.t, self.s))
+    platform = dispatch.platform(q_BTNH)
+    self.q_block, self.k_block = (-(-n // -(-n // BLOCK[platform])) for n in (self.t, self.s))
     # Those with a visible key.
     self.pairs = [(i, j) for i in range(-(-self.t // self.q_block)) for j in range(-(-self.s // self.k_block))
                   if not causal or j * self.k_block < (i + 1) * self.q_block + self.s - self.t]
+    self.banded = len(self.pairs) <= BANDED[platform]
 
   def queries(self, x_BTN):
     """An array with an axis of queries, padded with zeros to whole blocks and cut: [Y, B, N, block, ...]."""

@@ -12,6 +12,17 @@ from pallas_kernels.flash_attention import xla
 # The kernels for Hopper take some operands only: test_flash_attention_gpu.py.
 ANY = [name for name in flash_attention.implementations() if name != 'gpu']
 FASTER = [name for name in ANY if name != 'reference']
+IN_PAIRS = 'xla, in pairs'  # its path for long sequences, which short ones on CPUs would not take
+
+
+@pytest.fixture
+def implementation(request, monkeypatch):
+  if request.param == IN_PAIRS:
+    monkeypatch.setitem(xla.BANDED, dispatch.platform(), 0)
+    jax.clear_caches()  # of programs in bands, and then of those in pairs
+  yield request.param.partition(',')[0]
+  if request.param == IN_PAIRS:
+    jax.clear_caches()
 
 
 def oracle(q_BTNH, k_BSNH, v_BSNV, scale, causal, q_segments=None, kv_segments=None):
@@ -45,13 +56,13 @@ def test_reference_is_query_by_query(t, s, causal, packed):
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('implementation', FASTER)
+@pytest.mark.parametrize('implementation', [*FASTER, IN_PAIRS], indirect=True)
 @pytest.mark.parametrize('case', testing.CASES['flash_attention'], ids=str)
 def test_matches_reference(implementation, case):
   testing.check(flash_attention, implementation, case)
 
 
-@pytest.mark.parametrize('implementation', ANY)
+@pytest.mark.parametrize('implementation', [*ANY, IN_PAIRS], indirect=True)
 def test_query_without_keys_has_zero_gradients(implementation):
   q_BTNH, k_BSNH, v_BSNV = operands(t=4, s=2)  # aligned to the end: queries 0 and 1 come before the first key
 
@@ -66,27 +77,31 @@ def test_query_without_keys_has_zero_gradients(implementation):
   assert np.isfinite(dv_BSNV).all()
 
 
-@pytest.mark.parametrize('t', [300, 600])
-def test_causal_skips_what_no_query_sees(t):
+@pytest.mark.parametrize('implementation', [IN_PAIRS], indirect=True)
+@pytest.mark.parametrize('t', [75, 600])
+def test_causal_skips_what_no_query_sees(implementation, t):
   qkv = [jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32)] * 3
 
   def pairs(causal):
-    text = jax.jit(lambda *qkv: flash_attention(*qkv, scale=1.0, causal=causal, implementation='xla')).lower(*qkv)
+    text = jax.jit(lambda *qkv: flash_attention(*qkv, scale=1.0, causal=causal, implementation=implementation)).lower(
+      *qkv)
     return int(re.search(r'tensor<(\d+)xi32>', text.as_text()).group(1))
 
   blocks = -(-t // xla.BLOCK[dispatch.platform()])
   assert (pairs(causal=False), pairs(causal=True)) == (blocks ** 2, blocks * (blocks + 1) // 2)
 
 
-@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='only CPUs compute in bands')
-@pytest.mark.parametrize(('t', 's', 'seen'), [(192, 192, 64 * (1 + 2 + 3)), (128, 192, 64 * (2 + 3)),
-                                              (192, 128, 64 * (1 + 1 + 2) - 63)])
-def test_bands_skip_what_no_query_sees(t, s, seen):
-  """For 64 queries each; a band that sees no key computes one, for there is no maximum of none."""
+@pytest.mark.parametrize(('t', 's', 'bands'), [
+  (192, 192, [(64, 64), (64, 128), (64, 192)]), (128, 192, [(64, 128), (64, 192)]), (75, 75, [(38, 38), (37, 75)]),
+  (192, 128, [(64, 1), (64, 64), (64, 128)]),  # a band that sees no key computes one: there is no maximum of none
+])
+def test_bands_skip_what_no_query_sees(t, s, bands, monkeypatch):
+  monkeypatch.setitem(xla.BLOCK, dispatch.platform(), 64)
+  monkeypatch.setitem(xla.BANDED, dispatch.platform(), 10)
   q, k = (jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for length in (t, s))
   text = jax.jit(lambda q, k: flash_attention(q, k, k, scale=1.0, implementation='xla')).lower(q, k).as_text()
-  scores = re.findall(r'contracting_dims = \[3\] x \[3\],.* -> tensor<1x1x64x(\d+)xf32>', text)
-  assert sum(map(int, scores)) == seen
+  scores = re.findall(r'contracting_dims = \[3\] x \[3\],.* -> tensor<1x1x(\d+)x(\d+)xf32>', text)
+  assert [tuple(map(int, shape)) for shape in scores] == bands
 
 
 def test_the_scores_are_never_stored_whole():
