@@ -16,7 +16,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -68,18 +67,17 @@ class Ours:
     # Where the step wants it, as the peer's tokens are tensors before its step begins.
     self.batch = jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(axes.TABLE['B'])))
     self.decoder = Decoder(c.model, jax.device_get(self.state.params), jax.device_get(self.state.buffers), 'float32')
-    self.train(1)  # compiles
 
-  def train(self, repeats: int) -> float:
-    """Median seconds a step."""
-    times, controls = [], Controls(*map(np.float32, (1e-3, 0.3, 1e-3)))
-    for _ in range(repeats):
-      start = time.perf_counter()
+  def train(self) -> float:
+    """Seconds a step."""
+    controls = Controls(*map(np.float32, (1e-3, 0.3, 1e-3)))
+
+    def step():
       with jax.set_mesh(self.mesh):
         self.state, metrics = self.step(self.state, self.batch, controls)
       jax.block_until_ready(metrics)
-      times.append(time.perf_counter() - start)
-    return statistics.median(times)
+
+    return peer_hugging_face.training_seconds(step)
 
   def decode(self) -> float:
     """Seconds a token, prefill left out."""
@@ -103,11 +101,11 @@ def peer(shape: dict) -> dict:
 def main(_):
   c = config()
   tokens = c.training.batch_size * c.training.sequence_length
-  shape = dict(threads=THREADS, batch=c.training.batch_size, length=c.training.sequence_length, repeats=3,
-               decode_batch=1, prompt=PROMPT, new=NEW, config=hugging_face_config(c.model))
+  shape = dict(threads=THREADS, batch=c.training.batch_size, length=c.training.sequence_length, decode_batch=1,
+               prompt=PROMPT, new=NEW, config=hugging_face_config(c.model))
   ours, rounds = Ours(c), []
   for _ in range(ROUNDS.value):
-    rounds.append(dict(ours=dict(train=ours.train(5), decode=ours.decode()), peer=peer(shape) if PEER.value else None))
+    rounds.append(dict(ours=dict(train=ours.train(), decode=ours.decode()), peer=peer(shape) if PEER.value else None))
   hardware = dict(cpu=_cpu_name(), cores=os.cpu_count(), devices=jax.device_count(), jax=jax.__version__,
                   python=sys.version.split()[0])
   for what, unit in (('train', tokens), ('decode', 1)):
@@ -124,9 +122,14 @@ def main(_):
 
 
 def _cpu_name() -> str:
-  names = [line.partition(': ')[2] for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-           if line.startswith('model name')] if pathlib.Path('/proc/cpuinfo').exists() else []
-  return names[0] if names else 'unknown'
+  """With family and model, for clouds call very different processors `AMD EPYC`, and whether it has AVX-512."""
+  info = pathlib.Path('/proc/cpuinfo')
+  first = info.read_text().partition('\n\n')[0] if info.exists() else ''
+  facts = {name.strip(): value.strip() for name, _, value in (line.partition(':') for line in first.splitlines())}
+  if 'model name' not in facts:
+    return 'unknown'
+  avx512 = 'with' if 'avx512f' in facts.get('flags', '').split() else 'without'
+  return f'{facts["model name"]} (family {facts.get("cpu family")} model {facts.get("model")}, {avx512} AVX-512)'
 
 
 if __name__ == '__main__':

@@ -11,13 +11,20 @@ import time
 EXPERTS, ATTENTION = ('eager', 'grouped_mm', 'batched_mm'), ('sdpa', 'eager')
 
 
-def median_seconds(run, repeats: int) -> float:
-  times = []
-  for _ in range(repeats):
+def median_seconds(run, least: int = 3, seconds: float = 0) -> float:
+  """Of as many runs as begin within `seconds`, and at least so many."""
+  times, begin = [], time.perf_counter()
+  while len(times) < least or time.perf_counter() < begin + seconds:
     start = time.perf_counter()
     run()
     times.append(time.perf_counter() - start)
   return statistics.median(times)
+
+
+def training_seconds(step) -> float:
+  """The median step of two seconds, after one of warming up: torch takes up to three slow steps. For both sides."""
+  median_seconds(step, 1, 1)
+  return median_seconds(step, 3, 2)
 
 
 def measure(shape: dict, experts: str, attention: str) -> dict:
@@ -39,8 +46,7 @@ def measure(shape: dict, experts: str, attention: str) -> dict:
     optimizer.zero_grad()
 
   model.train()
-  step()
-  train = median_seconds(step, shape['repeats'])
+  train = training_seconds(step)
   model.eval()
   prompt = tokens[:shape['decode_batch'], :shape['prompt']]
 
@@ -50,7 +56,7 @@ def measure(shape: dict, experts: str, attention: str) -> dict:
 
   with torch.no_grad():
     generate(2)
-    first, whole = (median_seconds(lambda n=n: generate(n), 3) for n in (1, shape['new']))
+    first, whole = (median_seconds(lambda n=n: generate(n)) for n in (1, shape['new']))
   return dict(train=train, decode=(whole - first) / (shape['new'] - 1))
 
 
