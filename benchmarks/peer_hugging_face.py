@@ -22,7 +22,7 @@ def median_seconds(run, least: int = 3, seconds: float = 0) -> float:
 
 
 def training_seconds(step) -> float:
-  """The median step of two seconds, after one of warming up: torch takes up to three slow steps. For both sides."""
+  """Of one step, for both sides: the median of two seconds, after one of warming up (torch's first few are slow)."""
   median_seconds(step, 1, 1)
   return median_seconds(step, 3, 2)
 
