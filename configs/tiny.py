@@ -3,7 +3,7 @@
 Command:  make demo, or python train.py --config=configs/tiny.py --workdir=runs/demo
 Hardware: two CPU cores
 Result:   held-out loss 1.531 nats a byte after 2.05M tokens (a trigram table reaches 1.89), teacher-forced MTP
-          acceptance 0.784; about three minutes of training at 13,000 tokens/s (make's environment)
+          acceptance 0.784; two to three minutes of training at 13,000 to 16,000 tokens/s (make's environment)
 """
 
 from mla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
